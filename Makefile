@@ -1,0 +1,68 @@
+# The two commands of this repository are `make repro` and `make test`; `make help` lists the rest.
+# Everything runs in .venv, which `make setup` creates; nothing is installed or registered outside this folder.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lab smoke paper figures clean
+SHELL := /bin/bash
+
+# The python that creates .venv. Empty: the first of the list in `setup` that is 3.11, 3.12 or 3.13.
+PYTHON ?=
+
+# Stages started by DVC find the environment's python, jupyter and dvc first; nothing from outside leaks in.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+unexport PYTHONPATH PYTHONHOME
+
+# The stamp's name holds the lock, the package's metadata and this folder, so that a change of any of them installs again
+# and a second call does not. It is written last: an interrupted install leaves none and starts afresh.
+STAMP := .venv/.setup-$(shell { cat requirements.lock pyproject.toml; pwd; } | git hash-object --stdin)
+
+help:  ## list the commands
+	@echo "Reproduce or test everything (the first call also sets up .venv, about 2 minutes):"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## create .venv from requirements.lock and install this package in it
+
+$(STAMP):
+	@echo "== set-up: .venv from requirements.lock (about 2 minutes where the CPU build of torch is at hand)"
+	@set -e; \
+	py=; for candidate in $(PYTHON) $(if $(PYTHON),,python3 python3.11 python3.12 python3.13); do \
+	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then py=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$py" ]; then \
+	  echo "set-up: no Python 3.11, 3.12 or 3.13 found$(if $(PYTHON), as '$(PYTHON)', on the PATH). Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	if ls .venv/.setup-* >/dev/null 2>&1; then rm -f .venv/.setup-*; else rm -rf .venv; fi; \
+	if [ ! -d .venv ]; then \
+	  if "$$py" -c 'import ensurepip' 2>/dev/null; then "$$py" -m venv .venv; \
+	  else "$$py" -m venv --without-pip .venv && "$$py" -m pip --python .venv/bin/python install --quiet pip; fi; \
+	fi; \
+	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	.venv/bin/python -m pip install --no-compile -r requirements.lock; \
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	touch $@
+	@echo "== set-up done: .venv is ready"
+
+repro: setup  ## run the quick profile: data, experiments, figures, paper PDF and HTML report (about 20 minutes on 2 cores)
+	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
+	@echo "   About 20 minutes on 2 CPU cores the first time; what has not changed is not run again."
+	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
+	dvc repro
+	python -m pipelines.verify --profile quick
+
+test: setup  ## run the tests (a few minutes; fetches MNIST once, about 12 MB)
+	@echo "== tests: a few minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
+	@pytest -q
+
+lab: setup  ## open JupyterLab on the notebooks, with a kernel that finds eplib
+	jupyter lab --notebook-dir=notebooks
+
+smoke: setup  ## run every stage at toy size in a scratch folder (at most 4 minutes; proves nothing)
+	python -m pipelines.smoke
+
+paper: setup  ## bring the paper profile up to date: its committed results are kept, only missing runs are trained (long)
+	dvc repro pipelines/paper/dvc.yaml
+	python -m pipelines.verify --profile paper
+
+clean:  ## remove what can be made again: .venv, caches, tokens, quick and smoke outputs (downloads and checkpoints stay)
+	rm -rf .venv .pytest_cache .hypothesis *.egg-info data/prepared results/smoke results/quick figures/smoke figures/quick paper/build
+	find eplib pipelines tests notebooks data -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
