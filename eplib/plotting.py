@@ -1,0 +1,110 @@
+"""House style of the figures: readable at column width, safe for colour-blind readers, the same bytes from the same data. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = {"column": 3.4, "full": 7.0}  # inches
+SMOKE = "smoke profile: proves nothing"
+
+# Okabe and Ito's palette as seaborn orders it; a method keeps its colour and its line through the whole paper.
+_PALETTE = sns.color_palette("colorblind")
+METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {
+    "backprop": ("backprop", (0.15, 0.15, 0.15), "-"),
+    "bptt": ("BPTT", _PALETTE[0], "-"),
+    "ep": ("EP, two trajectories", _PALETTE[3], "-"),
+    "ep_linear": ("EP, linear response", _PALETTE[1], "-"),
+    "vector_field": ("vector field", _PALETTE[2], "--"),
+    "ep_uncontrolled": ("EP, no control", _PALETTE[4], ":"),
+    "implicit": ("implicit", _PALETTE[9], "-."),
+    "tracking": ("tracking", _PALETTE[8], "-."),
+}
+
+
+def _method(key: str) -> tuple[str, tuple[float, float, float], str]:
+    if key not in METHODS:
+        raise ValueError(f"unknown method {key!r}; plotting.METHODS has {', '.join(METHODS)}")
+    return METHODS[key]
+
+
+def label(method: str) -> str:
+    """The name of a method as legends and tables print it; raises ValueError for an unknown key."""
+    return _method(method)[0]
+
+
+def colour(method: str) -> tuple[float, float, float]:
+    """The colour of a method, RGB in [0, 1]; raises ValueError for an unknown key."""
+    return _method(method)[1]
+
+
+def style() -> None:
+    """Make the house style the current one. `figure` calls it."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", font="DejaVu Sans")
+    mpl.rcParams.update({
+        "figure.dpi": 110, "savefig.dpi": 220, "figure.constrained_layout.use": True,
+        "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+        "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False,
+        "axes.spines.right": False, "lines.linewidth": 1.3, "lines.markersize": 3.5, "axes.linewidth": 0.7,
+        "pdf.fonttype": 42, "svg.fonttype": "path",
+    })
+
+
+def figure(width: str = "column", height: float = 2.4, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
+    """A figure of one column (3.4 in) or the full width (7 in), `height` in inches, and its axes as a flat array.
+
+    `options` go to `plt.subplots` (for instance sharey=True). Raises ValueError for another width.
+    """
+    import matplotlib.pyplot as plt
+
+    if width not in WIDTHS:
+        raise ValueError(f"width {width!r} is unknown; allowed: {', '.join(WIDTHS)}")
+    style()
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTHS[width], height), squeeze=False, **options)
+    return fig, axes.ravel()
+
+
+def seeds(ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], method: str, name: str | None = None) -> list[Line2D]:
+    """Draw every run (one per seed, each as long as `x`) as a line; with several, their mean too, bold. Only one line gets the label."""
+    text, rgb, dashes = _method(method)
+    values = [np.asarray(run, dtype=float) for run in runs]
+    if any(len(run) != len(x) for run in values):
+        raise ValueError(f"{method}: runs of length {[len(run) for run in values]} against {len(x)} places on the x axis")
+    single = len(values) == 1
+    lines = [ax.plot(x, run, dashes, color=rgb, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0] for run in values]
+    if values and not single:
+        lines += ax.plot(x, np.mean(values, axis=0), dashes, color=rgb, lw=1.8)
+    if lines:
+        lines[-1].set_label(name or text)
+    return lines
+
+
+def reference(ax: Axes, y: float, text: str, *, comparable: bool) -> None:
+    """Draw a value from the literature as a thin dashed line, but only where data, size and budget match (`comparable`)."""
+    if comparable:
+        ax.axhline(y, color="0.45", lw=0.8, ls=(0, (4, 2)), zorder=0)
+        ax.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6, color="0.35")
+
+
+def save(fig: Figure, name: str, profile: str, experiment: str, *, root: Path = ROOT) -> Path:
+    """Write figures/<profile>/<experiment>/<name>.pdf, .svg and .png, the same bytes each time, and return the path of the SVG.
+
+    `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC does not track.
+    """
+    if profile == "smoke" and not any(text.get_text() == SMOKE for text in fig.texts):
+        fig.text(0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10)
+    folder = root / "figures" / profile / experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+    with mpl.rc_context({"svg.hashsalt": f"{profile}/{name}"}):
+        for kind, metadata in dates.items():
+            fig.savefig(folder / f"{name}.{kind}", metadata=metadata, facecolor="white")
+    return folder / f"{name}.svg"

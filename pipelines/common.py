@@ -1,0 +1,54 @@
+"""What every pipeline module needs: the root folder, the profiles, whole-file writes, one error type, one JSON style. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class PipelineError(Exception):
+    """Something a reader can put right; the message names it, what is allowed and what to do."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary neighbour, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def dumps(value: Any) -> str:
+    """JSON as this repository writes it: indented by one space, UTF-8, a newline at the end; refuses NaN."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; raises PipelineError that names it if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise PipelineError(f"{path} is not JSON ({error}); it is generated: delete it and run `dvc repro`") from error
+
+
+def load_profile(profile: str, root: Path = ROOT) -> dict[str, Any]:
+    """The contents of pipelines/profiles/<profile>.yaml; raises PipelineError if there is no such profile."""
+    path = root / "pipelines" / "profiles" / f"{profile}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise PipelineError(f"no profile {profile!r}: there is {', '.join(known) or 'none'} in pipelines/profiles/")
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def notebook_names(root: Path = ROOT) -> list[str]:
+    """The names of the notebooks in notebooks/, sorted."""
+    return sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
