@@ -1,0 +1,109 @@
+"""The files that describe the environment agree, and importing the package stays cheap."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+ASKED_FOR = ("torch jupyterlab papermill nbconvert matplotlib seaborn tokenizers dvc pooch typst pydantic safetensors tqdm pyyaml "
+             "numpy scipy pytest hypothesis ipykernel setuptools").split()
+
+
+def pins(lines: list[str]) -> dict[str, str]:
+    """Return {canonical name: version} of `name==version` lines; anything else is a failure."""
+    found = {}
+    for line in lines:
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line)
+        assert match, f"not a plain pin: {line!r}"
+        name = canonicalize_name(match[1])
+        assert name not in found, f"{name} is pinned twice"
+        found[name] = match[2]
+    return found
+
+
+@pytest.fixture(scope="module")
+def lock() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return pins([line for line in lines if line.strip() and not line.startswith("#")])
+
+
+def test_lock_holds_what_is_asked_for_and_no_gpu_build(lock):
+    assert not [name for name in ASKED_FOR if name not in lock]
+    assert lock["torch"] == "2.13.0"
+    assert not [name for name in lock if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "environment.yml"])
+def test_no_local_builds_hashes_or_addresses(name):
+    text = (ROOT / name).read_text()
+    for unwanted in ("+cpu", "--hash", "sha256:", "://", "--index-url", "--find-links", "file:"):
+        assert unwanted not in text, f"{name} holds {unwanted!r}"
+
+
+def test_environment_yml_has_the_same_pins(lock):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert "python=3.11" in conda and "pip" in conda
+    assert pip[0] == "-e ."
+    assert pins(pip[1:]) == lock
+
+
+def test_pyproject_admits_the_pins(lock):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    for requirement in map(Requirement, wanted):
+        pinned = lock[canonicalize_name(requirement.name)]
+        assert Version(pinned) in requirement.specifier, f"the lock's {requirement.name} {pinned} is outside {requirement}"
+    python = Requirement(f"python{project['requires-python']}").specifier
+    assert [minor for minor in range(9, 16) if python.contains(f"3.{minor}.0")] == [11, 12, 13]
+
+
+def test_installed_versions_are_the_locked_ones(lock):
+    from importlib import metadata
+
+    different = {}
+    for name in ASKED_FOR:
+        installed = metadata.version(name).split("+")[0]
+        if installed != lock[name]:
+            different[name] = (installed, lock[name])
+    assert not different, f"installed, locked: {different}; `make setup` installs the locked versions"
+
+
+def test_import_is_cheap():
+    code = "import eplib, sys; print([m for m in ('torch', 'matplotlib', 'pandas', 'dvc') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_make_help_is_the_default_and_lists_the_commands():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for command in ("setup", "repro", "test", "lab", "smoke", "paper", "figures", "clean"):
+        assert f"make {command} " in done.stdout
+
+
+def test_interrupted_setup_does_not_count_as_done(tmp_path):
+    """A killed install leaves no stamp, so make starts it again; a finished one is not repeated."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+
+    def needs_install() -> bool:
+        return subprocess.run(["make", "-q", "setup"], cwd=tmp_path, capture_output=True).returncode != 0
+
+    assert needs_install()
+    stamp = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    name = re.search(r"touch (\.venv/\.setup-[0-9a-f]+)", stamp)[1]
+    (tmp_path / name).touch()
+    assert not needs_install()
+    with (tmp_path / "requirements.lock").open("a") as handle:
+        handle.write("# changed\n")
+    assert needs_install()
