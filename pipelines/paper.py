@@ -1,0 +1,167 @@
+"""Collect what the notebooks wrote and set the paper from it.
+
+    python -m pipelines.paper --profile P      write results/P/paper.json and paper/build/P/paper.pdf
+
+paper/main.typ holds no number of ours: it looks every one up in the collected file, and shows what is absent as missing. The collected
+file without the facts of machines is results/P/paper.json; with them it is paper/build/P/content.json, which is what is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, read_json, write_text
+
+PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
+NOT_NOTEBOOKS = {"runs", "weights", "machine", "sources", "notebooks"}
+
+
+def is_table(value: Any) -> bool:
+    """Whether a result is a table: {"title", "columns", "rows", "note"}."""
+    return isinstance(value, dict) and {"columns", "rows"} <= value.keys()
+
+
+def figures_in(folder: Path, root: Path) -> dict[str, dict[str, str]]:
+    """Figure id -> its PDF (as a path from the root), its notebook's folder and the digest of its SVG."""
+    found = {}
+    for path in sorted(folder.glob("*.pdf")):
+        digest = hashlib.sha256(path.with_suffix(".svg").read_bytes()).hexdigest()
+        found[path.stem] = {"path": f"/{path.relative_to(root)}", "notebook": folder.name, "sha256": digest}
+    return found
+
+
+def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
+    """Everything the paper may print that does not depend on the machine: summaries, tables, other results, figures, claims."""
+    results = root / "results" / profile
+    content: dict[str, Any] = {"profile": profile, "summaries": {}, "tables": {}, "others": {}, "figures": {}, "claims": {}}
+    folders = sorted(p for p in results.glob("*/") if p.name not in NOT_NOTEBOOKS) if results.is_dir() else []
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            value = read_json(path)
+            if path.stem == "summary":
+                content["summaries"][folder.name] = value
+            elif is_table(value):
+                content["tables"][path.stem] = {**value, "notebook": folder.name}
+            elif path.stem != "index":
+                content["others"][path.stem] = value
+        content["figures"] |= figures_in(root / "figures" / profile / folder.name, root)
+    claims = results / "claims.json"
+    content["claims"] = {claim["id"]: claim for claim in read_json(claims)} if claims.is_file() else {}
+    return content
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE) if info.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages the results hang on, as installed here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine_facts(profile: str, root: Path = ROOT) -> dict[str, Any]:
+    """What depends on the machine: where the paper is set, where and how long the runs were trained, tables and figures of times."""
+    folder = root / "results" / profile / "machine"
+    facts: dict[str, Any] = {
+        "here": {"processor": processor(), "cores": os.cpu_count(), "versions": versions()},
+        "training": [], "tables": {}, "others": {}, "figures": figures_in(root / "figures" / profile / "machine", root),
+    }
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for path in sorted(folder.glob("runs/*/*/machine.json")):
+        run = read_json(path)
+        where = run.get("gpu") if run.get("device", "cpu") != "cpu" else run.get("processor")
+        groups.setdefault((path.parts[-3], str(where), f"torch {run.get('torch')}"), []).append(run.get("seconds") or 0.0)
+    facts["training"] = [[*key, len(times), round(sum(times) / 60, 1)] for key, times in sorted(groups.items())]
+    for path in sorted(folder.glob("*.json")):
+        value = read_json(path)
+        facts["tables" if is_table(value) else "others"][path.stem] = value
+    return facts
+
+
+def content_path(profile: str, root: Path = ROOT) -> Path:
+    """Where the file that the paper is set from lies."""
+    return root / "paper" / "build" / profile / "content.json"
+
+
+def full_content(profile: str, root: Path = ROOT) -> str:
+    """The collected file with the facts of machines, as text."""
+    machine = machine_facts(profile, root)
+    content = collect(profile, root)
+    for kind in ("tables", "figures"):
+        content[kind] = machine[kind] | content[kind]
+    sources = {name: hashlib.sha256((root / "paper" / name).read_bytes()).hexdigest() for name in ("main.typ", "refs.bib")}
+    return dumps(content | {"machine": machine, "sources": sources})
+
+
+def up_to_date(profile: str, root: Path = ROOT) -> bool:
+    """Whether the PDF is there and was set from today's results and text."""
+    kept = content_path(profile, root)
+    return kept.is_file() and kept.with_name("paper.pdf").is_file() and kept.read_text(encoding="utf-8") == full_content(profile, root)
+
+
+def build(profile: str, root: Path = ROOT) -> Path:
+    """Set the paper and return the path of the PDF; raises PipelineError with Typst's message if it cannot be set."""
+    import typst
+
+    load_profile(profile, root)
+    target = content_path(profile, root).with_name("paper.pdf")
+    kept = target.with_name("content.json")
+    kept.unlink(missing_ok=True)  # written last again: without it the PDF counts as old
+    text = full_content(profile, root)
+    draft = target.with_name("draft.json")
+    write_text(draft, text)
+    try:
+        pdf = typst.compile(
+            str(root / "paper" / "main.typ"),
+            root=str(root),
+            sys_inputs={"content": f"/{draft.relative_to(root)}", "notebooks": " ".join(notebook_names(root))},
+            ignore_system_fonts=True,
+        )
+    except typst.TypstError as error:
+        raise PipelineError(f"paper/main.typ could not be set: {error}") from error
+    part = target.with_suffix(".part")
+    part.write_bytes(pdf)
+    part.replace(target)
+    draft.replace(kept)
+    return target
+
+
+def write(profile: str, root: Path = ROOT) -> Path:
+    """Set the paper, then write the stamp results/<profile>/paper.json; returns the path of the PDF."""
+    pdf = build(profile, root)
+    write_text(root / "results" / profile / "paper.json", dumps(collect(profile, root)))
+    return pdf
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--profile", required=True)
+    options = parser.parse_args(arguments)
+    try:
+        print(f"paper: {write(options.profile).relative_to(ROOT)}")
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
