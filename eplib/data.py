@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ CORPORA = {
     "tinystories": RawFile("tinystories_4726.txt", 3_873_128,
                            "b1171eda41ce078b8f7c7bc7162d8ddfec429f8d72ae454d48905bfe688c16a6"),
 }
+TOKENS = re.compile(r"chars|bpe([1-9][0-9]*)")
 TRAIN_SHARE = 0.9
 
 
@@ -155,9 +157,11 @@ def mnist(root: str | Path = "data") -> Mnist:
 
 
 def text(corpus: str, tokens: str, root: str | Path = "data") -> Text:
-    """Return the tokenised corpus in `<root>/prepared/<corpus>-<tokens>`; raises DataError if it is missing, damaged or outdated."""
+    """Return the corpus in `<root>/prepared/<corpus>-<tokens>`; raises DataError if it is missing, damaged or outdated."""
     if corpus not in CORPORA:
         raise DataError(f"unknown corpus {corpus!r}; allowed: {', '.join(CORPORA)}")
+    if not TOKENS.fullmatch(tokens):
+        raise DataError(f"unknown tokens {tokens!r}; allowed: chars, or bpeN with N tokens, for instance bpe1024")
     name = f"{corpus}-{tokens}"
     folder = Path(root) / "prepared" / name
     vocabulary, ids_file = _read(folder / "vocab.json", root, name), _read(folder / "ids.npy", root, name)
@@ -166,7 +170,8 @@ def text(corpus: str, tokens: str, root: str | Path = "data") -> Text:
         codec = Chars(tuple(meta["symbols"])) if meta["kind"] == "chars" else Bpe(json.dumps(meta["tokenizer"]))
         source, digest = meta["source_sha256"], meta["ids_sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / "vocab.json", f"is not a vocabulary ({type(error).__name__}: {error})", root, name) from error
+        problem = f"is not a vocabulary ({type(error).__name__}: {error})"
+        raise _damaged(folder / "vocab.json", problem, root, name) from error
     if source != CORPORA[corpus].sha256:
         raise _damaged(folder, f"was made from another version of {corpus}", root, name)
     if hashlib.sha256(ids_file).hexdigest() != digest:

