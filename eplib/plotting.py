@@ -18,19 +18,20 @@ SMOKE = "smoke profile: proves nothing"
 
 # Okabe and Ito's palette as seaborn orders it; a method keeps its colour and its line through the whole paper.
 _PALETTE = sns.color_palette("colorblind")
-METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {
+Line = str | tuple[int, tuple[int, int]]  # as matplotlib names a dash pattern
+METHODS: dict[str, tuple[str, tuple[float, float, float], Line]] = {
     "backprop": ("backprop", (0.15, 0.15, 0.15), "-"),
     "bptt": ("BPTT", _PALETTE[0], "-"),
     "ep": ("EP, two trajectories", _PALETTE[3], "-"),
-    "ep_linear": ("EP, linear response", _PALETTE[1], "-"),
+    "ep_linear": ("EP, linear response", _PALETTE[1], (0, (6, 1))),
     "vector_field": ("vector field", _PALETTE[2], "--"),
     "ep_uncontrolled": ("EP, no control", _PALETTE[4], ":"),
     "implicit": ("implicit", _PALETTE[9], "-."),
-    "tracking": ("tracking", _PALETTE[8], "-."),
+    "tracking": ("tracking", _PALETTE[5], "-."),
 }
 
 
-def _method(key: str) -> tuple[str, tuple[float, float, float], str]:
+def _method(key: str) -> tuple[str, tuple[float, float, float], Line]:
     if key not in METHODS:
         raise ValueError(f"unknown method {key!r}; plotting.METHODS has {', '.join(METHODS)}")
     return METHODS[key]
@@ -79,9 +80,9 @@ def seeds(ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], method:
     if any(len(run) != len(x) for run in values):
         raise ValueError(f"{method}: runs of length {[len(run) for run in values]} against {len(x)} places on the x axis")
     single = len(values) == 1
-    lines = [ax.plot(x, run, dashes, color=rgb, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0] for run in values]
+    lines = [ax.plot(x, run, ls=dashes, color=rgb, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0] for run in values]
     if values and not single:
-        lines += ax.plot(x, np.mean(values, axis=0), dashes, color=rgb, lw=1.8)
+        lines += ax.plot(x, np.mean(values, axis=0), ls=dashes, color=rgb, lw=1.8)
     if lines:
         lines[-1].set_label(name or text)
     return lines

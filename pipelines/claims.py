@@ -32,7 +32,7 @@ TESTS = {
     "above": (operator.gt, ">"),
     "below": (operator.lt, "<"),
     "equals": (operator.eq, "="),
-    "max_abs": (lambda value, bound: abs(value) <= bound, "≤ in size"),
+    "max_abs": (lambda value, bound: abs(value) <= bound, "|·| ≤"),
 }
 REQUIRED, OPTIONAL = {"id", "text", "value", "holds", "decided_at"}, {"unit"}
 
@@ -89,7 +89,7 @@ def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, 
     else:
         met = number and all(TESTS[test][0](value, bound) for test, bound in claim["holds"].items())
         verdict = HOLDS if met else FAILS
-    asked = ", ".join(f"{TESTS[test][1]} {bound:g}" for test, bound in claim["holds"].items())
+    asked = ", ".join(f"{TESTS[test][1]} {bound:g}".replace("-", "−") for test, bound in claim["holds"].items())
     place = f"{claim['value']['file']}: {claim['value']['key']}"
     return {
         "id": claim["id"], "text": claim["text"], "value": value, "unit": claim.get("unit", ""), "asked": asked, "verdict": verdict,

@@ -29,19 +29,25 @@ def is_table(value: Any) -> bool:
     return isinstance(value, dict) and {"columns", "rows"} <= value.keys()
 
 
-def figures_in(folder: Path, root: Path) -> dict[str, dict[str, str]]:
-    """Figure id -> its PDF (as a path from the root), its notebook's folder and the digest of its SVG."""
+# A result is a summary (scalars for the text), a table, texts ({"title", "texts": [{"arm", "text"}]}) or data that only its notebook reads.
+
+
+def figures_in(folder: Path, root: Path) -> dict[str, dict[str, Any]]:
+    """Figure id -> its PDF (as a path from the root), its notebook's folder, whether it spans both columns, the digest of its SVG."""
     found = {}
     for path in sorted(folder.glob("*.pdf")):
-        digest = hashlib.sha256(path.with_suffix(".svg").read_bytes()).hexdigest()
-        found[path.stem] = {"path": f"/{path.relative_to(root)}", "notebook": folder.name, "sha256": digest}
+        svg = path.with_suffix(".svg").read_bytes()
+        width = re.search(rb'<svg [^>]*?width="([\d.]+)pt"', svg)
+        wide = width is not None and float(width[1]) > 72 * 4
+        digest = hashlib.sha256(svg).hexdigest()
+        found[path.stem] = {"path": f"/{path.relative_to(root)}", "notebook": folder.name, "wide": wide, "sha256": digest}
     return found
 
 
 def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
-    """Everything the paper may print that does not depend on the machine: summaries, tables, other results, figures, claims."""
+    """Everything the paper may print that does not depend on the machine: summaries, tables, texts, figures, claims."""
     results = root / "results" / profile
-    content: dict[str, Any] = {"profile": profile, "summaries": {}, "tables": {}, "others": {}, "figures": {}, "claims": {}}
+    content: dict[str, Any] = {"profile": profile, "summaries": {}, "tables": {}, "texts": {}, "figures": {}, "claims": {}}
     folders = sorted(p for p in results.glob("*/") if p.name not in NOT_NOTEBOOKS) if results.is_dir() else []
     for folder in folders:
         for path in sorted(folder.glob("*.json")):
@@ -50,8 +56,8 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
                 content["summaries"][folder.name] = value
             elif is_table(value):
                 content["tables"][path.stem] = {**value, "notebook": folder.name}
-            elif path.stem != "index":
-                content["others"][path.stem] = value
+            elif isinstance(value, dict) and "texts" in value:
+                content["texts"][path.stem] = {**value, "notebook": folder.name}
         content["figures"] |= figures_in(root / "figures" / profile / folder.name, root)
     claims = results / "claims.json"
     content["claims"] = {claim["id"]: claim for claim in read_json(claims)} if claims.is_file() else {}
@@ -81,7 +87,7 @@ def machine_facts(profile: str, root: Path = ROOT) -> dict[str, Any]:
     folder = root / "results" / profile / "machine"
     facts: dict[str, Any] = {
         "here": {"processor": processor(), "cores": os.cpu_count(), "versions": versions()},
-        "training": [], "tables": {}, "others": {}, "figures": figures_in(root / "figures" / profile / "machine", root),
+        "training": [], "tables": {}, "figures": figures_in(root / "figures" / profile / "machine", root),
     }
     groups: dict[tuple[str, str, str], list[float]] = {}
     for path in sorted(folder.glob("runs/*/*/machine.json")):
@@ -90,8 +96,8 @@ def machine_facts(profile: str, root: Path = ROOT) -> dict[str, Any]:
         groups.setdefault((path.parts[-3], str(where), f"torch {run.get('torch')}"), []).append(run.get("seconds") or 0.0)
     facts["training"] = [[*key, len(times), round(sum(times) / 60, 1)] for key, times in sorted(groups.items())]
     for path in sorted(folder.glob("*.json")):
-        value = read_json(path)
-        facts["tables" if is_table(value) else "others"][path.stem] = value
+        if is_table(value := read_json(path)):
+            facts["tables"][path.stem] = value
     return facts
 
 

@@ -1,0 +1,212 @@
+"""The HTML report: an index of every claim, figure and table, and the executed notebooks. It reads without a network and runs no script.
+
+    python -m pipelines.report --profile P      write paper/build/P/report/index.html and the stamp results/P/report.json
+
+Formulas become MathML, which browsers set themselves; figures and pictures lie inside the report's folder or inside its pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines import claims, paper
+from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, write_text
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1d2327; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid #d5d9dd; margin-top: 2.5rem; padding-bottom: .2rem; }
+a { color: #0b5cad; } code, pre { font-family: "DejaVu Sans Mono", monospace; font-size: .85em; }
+pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; border-radius: 4px; }
+table { border-collapse: collapse; font-size: .9em; margin: .6rem 0; } .wide { overflow-x: auto; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e6e8; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid #9aa2a9; }
+figure { margin: 1rem 0; } img, svg { max-width: 100%; height: auto; } figure img { border: 1px solid #e3e6e8; background: white; }
+.holds { color: #00695c; font-weight: 600; } .fails, .missing { color: #b00020; font-weight: 600; } .open { color: #5a6268; font-style: italic; }
+.smoke { background: #fdecea; color: #b00020; padding: .6rem 1rem; font-weight: 600; } .note { color: #5a6268; font-size: .85em; }
+.jp-InputArea-prompt, .jp-OutputArea-prompt, .prompt { color: #8a9299; font-size: .75em; } math[display="block"] { margin: .8rem 0; }
+"""
+# Code is left alone: a fenced or indented block, a code span, or an escaped dollar sign; then display and inline formulas.
+MATH = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]+`|\\\$)|\$\$(.+?)\$\$|\$(?!\s)((?:\\.|[^$\\])+?)(?<!\s)\$", re.DOTALL)
+
+
+def mathml(markdown: str) -> str:
+    """Markdown in which every $formula$ and $$formula$$ has become MathML; raises PipelineError for one that cannot."""
+    from latex2mathml.converter import convert
+
+    def replace(match: re.Match[str]) -> str:
+        code, block, inline = match.groups()
+        if code is not None:
+            return code
+        formula = block if block is not None else inline
+        try:
+            return convert(formula.strip(), display="block" if block is not None else "inline")
+        except Exception as error:  # the library raises many types; a formula that is not set must be seen, whatever its fault
+            raise PipelineError(f"the report cannot set the formula {formula.strip()!r}: {type(error).__name__} {error}") from error
+
+    return MATH.sub(replace, markdown)
+
+
+def page(title: str, body: str, profile: str) -> str:
+    """A whole HTML page."""
+    from pygments.formatters import HtmlFormatter
+
+    banner = '<p class="smoke">smoke profile: proves nothing</p>' if profile == "smoke" else ""
+    code = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}\n{code}</style></head>\n<body>{banner}\n{body}\n</body></html>\n"
+    )
+
+
+def notebook_page(path: Path, profile: str) -> str:
+    """An executed notebook as an HTML page."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            try:
+                cell.source = mathml(cell.source)
+            except PipelineError as error:
+                raise PipelineError(f"notebooks/{path.stem}.ipynb: {error}") from error
+    body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
+    back = '<p><a href="../index.html">All figures and tables</a></p>'
+    return page(path.stem, f'{back}\n<main class="notebook">{body}</main>\n{back}', profile)
+
+
+def cell(value: Any) -> str:
+    """One cell of a table."""
+    if isinstance(value, bool):
+        return f"<td>{'yes' if value else 'no'}</td>"
+    if isinstance(value, (int, float)):
+        return f'<td class="number">{value:.5g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
+    return "<td>–</td>" if value is None else f"<td>{html.escape(str(value))}</td>"
+
+
+def table(name: str, value: dict[str, Any]) -> str:
+    """A results table as HTML."""
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in value["columns"])
+    rows = "\n".join(f"<tr>{''.join(cell(item) for item in row)}</tr>" for row in value["rows"])
+    note = f'<p class="note">{html.escape(value["note"])}</p>' if value.get("note") else ""
+    title = f"<h3>{html.escape(name)}. {html.escape(value.get('title', ''))}</h3>"
+    return f'{title}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
+
+
+def figure(name: str, where: dict[str, str]) -> str:
+    """A figure of the report's folder as HTML, with links to its PDF and SVG."""
+    links = " · ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("pdf", "svg", "png"))
+    return f'<figure><img src="figures/{name}.svg" alt="Figure {name}"><figcaption>{name} · {links}</figcaption></figure>'
+
+
+def claims_table(decided: dict[str, dict[str, Any]]) -> str:
+    """The claims with their verdicts as HTML."""
+    if not decided:
+        return '<p class="missing">missing: the claims have not been decided</p>'
+    kinds = {claims.HOLDS: "holds", claims.FAILS: "fails", claims.UNDECIDED: "open", claims.MISSING: "missing"}
+    rows = []
+    for claim in decided.values():
+        value = '<td class="missing">missing</td>' if claim["value"] is None else cell(claim["value"])
+        verdict = f'<td class="{kinds[claim["verdict"]]}">{claim["verdict"]}</td>'
+        unit, asked, place = (html.escape(claim[key]) for key in ("unit", "asked", "from"))
+        rows.append(f"<tr><td>{html.escape(claim['text'])}</td>{value}<td>{unit}</td><td>{asked}</td>{verdict}<td><code>{place}</code></td></tr>")
+    head = "<th>claim</th><th>measured</th><th></th><th>asked</th><th>verdict</th><th>read from</th>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def texts(name: str, value: dict[str, Any]) -> str:
+    """Generated texts as HTML."""
+    items = (f"<h4>{html.escape(item['arm'])}</h4><blockquote>{html.escape(item['text'])}</blockquote>" for item in value["texts"])
+    return f"<h3>{html.escape(name)}. {html.escape(value.get('title', ''))}</h3>{''.join(items)}"
+
+
+def index_page(profile: str, names: list[str], content: dict[str, Any], machine: dict[str, Any]) -> str:
+    """The first page: claims, then figures and tables under the notebook that made them, then what depends on the machine."""
+    parts = [
+        "<h1>Equilibrium propagation for transformers</h1>",
+        f'<p>Profile <b>{profile}</b>. <a href="../paper.pdf">The paper as PDF</a>. Notebooks: '
+        + " · ".join(f'<a href="notebooks/{name}.html">{name}</a>' for name in names) + "</p>",
+        "<h2>Claims</h2>", claims_table(content["claims"]),
+    ]
+    for name in names:
+        parts.append(f'<h2 id="{name}">{name}</h2><p>Made by <a href="notebooks/{name}.html">notebooks/{name}.ipynb</a>.</p>')
+        drawn = [figure(key, value) for key, value in content["figures"].items() if value["notebook"] == name]
+        tables = [table(key, value) for key, value in content["tables"].items() if value["notebook"] == name]
+        parts += drawn + tables or ['<p class="missing">missing: this notebook has made no figure and no table</p>']
+        parts += [texts(key, value) for key, value in content["texts"].items() if value["notebook"] == name]
+    here = machine["here"]
+    versions = ", ".join(f"{key} {value}" for key, value in here["versions"].items())
+    parts.append(f"<h2>This machine</h2><p>{html.escape(here['processor'])}, {here['cores']} cores. {html.escape(versions)}.</p>")
+    parts += [figure(key, value) for key, value in machine["figures"].items()]
+    parts += [table(key, value) for key, value in machine["tables"].items()]
+    if machine["training"]:
+        value = {"title": "where and how long", "columns": ["runs of", "machine", "library", "runs", "minutes"], "rows": machine["training"]}
+        parts.append(table("Training", value))
+    return page(f"Equilibrium propagation for transformers ({profile})", "\n".join(parts), profile)
+
+
+def folder_of(profile: str, root: Path = ROOT) -> Path:
+    """Where the report lies."""
+    return root / "paper" / "build" / profile / "report"
+
+
+def build(profile: str, root: Path = ROOT) -> Path:
+    """Write the report beside its place, move it there as a whole, and return its first page."""
+    load_profile(profile, root)
+    final = folder_of(profile, root)
+    draft = final.with_name("report.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    content, machine = paper.collect(profile, root), paper.machine_facts(profile, root)
+    executed = {name: root / "results" / profile / "notebooks" / f"{name}.ipynb" for name in notebook_names(root)}
+    for name, path in executed.items():
+        missing = page(name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile)
+        write_text(draft / "notebooks" / f"{name}.html", notebook_page(path, profile) if path.is_file() else missing)
+    (draft / "figures").mkdir(parents=True)
+    for value in (machine["figures"] | content["figures"]).values():
+        source = root / value["path"].lstrip("/")
+        for kind in (".pdf", ".svg", ".png"):
+            shutil.copy(source.with_suffix(kind), draft / "figures")
+    write_text(draft / "index.html", index_page(profile, list(executed), content, machine))
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+    return final / "index.html"
+
+
+def write(profile: str, root: Path = ROOT) -> Path:
+    """Write the report, then the stamp results/<profile>/report.json: what it was made of; returns the first page."""
+    index = build(profile, root)
+    content = paper.collect(profile, root)
+    executed = sorted((root / "results" / profile / "notebooks").glob("*.ipynb"))
+    stamp = {
+        "claims": {key: value["verdict"] for key, value in content["claims"].items()},
+        "figures": {key: value["sha256"] for key, value in content["figures"].items()},
+        "tables": sorted(content["tables"]),
+        "notebooks": {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in executed if not p.stem.endswith(".failed")},
+    }
+    write_text(root / "results" / profile / "report.json", dumps(stamp))
+    return index
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--profile", required=True)
+    options = parser.parse_args(arguments)
+    try:
+        print(f"report: {write(options.profile).relative_to(ROOT)}")
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
