@@ -12,8 +12,8 @@ PYTHON ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
-# The stamp's name holds the lock, the package's metadata and this folder, so that a change of any of them installs again
-# and a second call does not. It is written last: an interrupted install leaves none and starts afresh.
+# The stamp's name holds the lock, the package's metadata and this folder, so that a change of any of them installs
+# again and a second call does not. It is written last: an interrupted install leaves none and starts afresh.
 STAMP := .venv/.setup-$(shell { cat requirements.lock pyproject.toml; pwd; } | git hash-object --stdin)
 
 help:  ## list the commands
@@ -25,11 +25,13 @@ setup: $(STAMP)  ## create .venv from requirements.lock and install this package
 $(STAMP):
 	@echo "== set-up: .venv from requirements.lock (about 2 minutes where the CPU build of torch is at hand)"
 	@set -e; \
-	py=; for candidate in $(PYTHON) $(if $(PYTHON),,python3 python3.11 python3.12 python3.13); do \
-	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then py=$$candidate; break; fi; \
+	fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; \
+	py=; for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \
+	  if "$$candidate" -c "$$fits" 2>/dev/null; then py=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$py" ]; then \
-	  echo "set-up: no Python 3.11, 3.12 or 3.13 found$(if $(PYTHON), as '$(PYTHON)', on the PATH). Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  echo "set-up: no Python 3.11, 3.12 or 3.13 found as $(or $(PYTHON),python3 or python3.1x on the PATH)." >&2; \
+	  echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
 	if ls .venv/.setup-* >/dev/null 2>&1; then rm -f .venv/.setup-*; else rm -rf .venv; fi; \
 	if [ ! -d .venv ]; then \
@@ -42,7 +44,7 @@ $(STAMP):
 	touch $@
 	@echo "== set-up done: .venv is ready"
 
-repro: setup  ## run the quick profile: data, experiments, figures, paper PDF and HTML report (about 20 minutes on 2 cores)
+repro: setup  ## run the quick profile: data, experiments, figures, paper and report (about 20 minutes on 2 cores)
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
 	@echo "   About 20 minutes on 2 CPU cores the first time; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
@@ -59,10 +61,17 @@ lab: setup  ## open JupyterLab on the notebooks, with a kernel that finds eplib
 smoke: setup  ## run every stage at toy size in a scratch folder (at most 4 minutes; proves nothing)
 	python -m pipelines.smoke
 
-paper: setup  ## bring the paper profile up to date: its committed results are kept, only missing runs are trained (long)
+paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
 	dvc repro pipelines/paper/dvc.yaml
 	python -m pipelines.verify --profile paper
 
-clean:  ## remove what can be made again: .venv, caches, tokens, quick and smoke outputs (downloads and checkpoints stay)
-	rm -rf .venv .pytest_cache .hypothesis *.egg-info data/prepared results/smoke results/quick figures/smoke figures/quick paper/build
+# Stages of the paper profile that only read recorded runs, run again although nothing changed.
+REDRAWN := $(patsubst notebooks/%.ipynb,notebook-%,$(wildcard notebooks/*.ipynb)) claims paper report
+
+figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
+	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
+
+clean:  ## remove .venv, caches, tokens, quick and smoke outputs (downloads, checkpoints and DVC's cache stay)
+	rm -rf .venv .pytest_cache .hypothesis *.egg-info data/prepared paper/build
+	rm -rf results/smoke results/quick figures/smoke figures/quick
 	find eplib pipelines tests notebooks data -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

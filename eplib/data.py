@@ -125,7 +125,8 @@ class Bpe:
         return Tokenizer.from_str(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text).ids
+        lines = self.library.encode_batch(text.splitlines(keepends=True))  # in parallel; tokens do not cross lines
+        return [i for line in lines for i in line.ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -157,7 +158,7 @@ def mnist(root: str | Path = "data") -> Mnist:
 
 
 def text(corpus: str, tokens: str, root: str | Path = "data") -> Text:
-    """Return the corpus in `<root>/prepared/<corpus>-<tokens>`; raises DataError if it is missing, damaged or outdated."""
+    """Return the corpus in `<root>/prepared/<corpus>-<tokens>`; raises DataError if missing, damaged or outdated."""
     if corpus not in CORPORA:
         raise DataError(f"unknown corpus {corpus!r}; allowed: {', '.join(CORPORA)}")
     if not TOKENS.fullmatch(tokens):

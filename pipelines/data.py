@@ -1,8 +1,8 @@
 """Fetch and prepare data: `python -m pipelines.data [--root data] NAME...`.
 
-NAME is mnist, plays, tinyshakespeare, tinystories, or a token set such as plays-chars, plays-bpe1024, tinystories-bpe4096.
-Every source of a file is tried in turn; the SHA-256 of the decompressed file decides; a file appears under its name complete and
-checked or not at all.
+NAME is mnist, plays, tinyshakespeare, tinystories, or a token set such as plays-chars, plays-bpe1024 or
+tinystories-bpe4096. Every source of a file is tried in turn; the SHA-256 of the decompressed file decides; a file
+appears under its name complete and checked or not at all.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def gunzip(content: bytes) -> bytes:
 # --- fetching
 
 def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
-    """Put a file into a folder from the first source whose content is right; raises DataError naming each source tried."""
+    """Put a file into a folder from the first source that has it right; raises DataError naming each source tried."""
     path = folder / file.name
     part(path).unlink(missing_ok=True)  # left by a killed fetch
     tried = []
@@ -205,12 +205,12 @@ def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
     outcomes = "\n".join(f"  - {label}: {outcome}" for label, outcome in tried)
     raise DataError(
         f"no source gave a good {file.name} ({file.size:,} bytes, SHA-256 {file.sha256}).\nTried:\n{outcomes}\n"
-        f"What to do: put the file, plain or as .gz, into a folder and name that folder in {MIRROR_VARIABLE}, or place the file as "
-        f"{path.resolve()}, or call again with a network. data/README.md says where each file comes from.")
+        f"What to do: put the file, plain or as .gz, into a folder and name the folder in {MIRROR_VARIABLE}, or place "
+        f"it as {path.resolve()}, or call again with a network. data/README.md says where each file comes from.")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file beside its final name and rename it, so that a reader sees the old file or the new one; raises DataError."""
+    """Write a file beside its final name and rename it: a reader sees the old file or the new one; raises DataError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part(path).write_bytes(content)
@@ -219,14 +219,15 @@ def write(path: Path, content: bytes) -> None:
         part(path).unlink(missing_ok=True)
         if error.errno in DISK_FULL:
             raise disk_full(path, len(content)) from error
-        raise DataError(f"cannot write {path.resolve()}: {error.strerror}. Check the folder's permissions or choose another with "
-                        "--root, then call again; what was there before is unchanged.") from error
+        raise DataError(f"cannot write {path.resolve()}: {error.strerror}. Check the folder's permissions or choose "
+                        "another with --root, then call again; what was there before is unchanged.") from error
 
 
 def disk_full(path: Path, size: int) -> DataError:
     """Return the error that says where space is missing and how much a file needs."""
-    return DataError(f"the disk is full: cannot write {path.resolve()} ({size:,} bytes needed). Free some space, choose another "
-                     "folder with --root (or TMPDIR for temporary files), then call again; what was there before is unchanged.")
+    return DataError(f"the disk is full: cannot write {path.resolve()} ({size:,} bytes needed). Free some space or "
+                     "choose another folder with --root (TMPDIR for temporary files), then call again; what was there "
+                     "before is unchanged.")
 
 
 def part(path: Path) -> Path:
@@ -241,7 +242,8 @@ def only_one(root: Path) -> Iterator[None]:
         (root / "raw").mkdir(parents=True, exist_ok=True)
         lock = (root / "raw" / ".lock").open("w")
     except OSError as error:
-        raise DataError(f"cannot write to {root.resolve()}: {error.strerror}. Choose another folder with --root.") from error
+        problem = f"cannot write to {root.resolve()}: {error.strerror}"
+        raise DataError(f"{problem}. Choose another folder with --root.") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -255,7 +257,7 @@ def fetch_mnist(root: Path) -> None:
 
 
 def corpus_text(corpus: str, root: Path) -> str:
-    """Return the checked text of a corpus, fetching it into `<root>/raw` unless it is the embedded one; raises DataError."""
+    """Return the checked text of a corpus, fetched into `<root>/raw` unless it is embedded; raises DataError."""
     file = CORPORA[corpus]
     if corpus == "plays":
         restore = f"It is part of the repository: git checkout -- {EMBEDDED}"
@@ -288,7 +290,8 @@ def prepare(corpus: str, tokens: str, root: Path) -> None:
             print(f"{name}: already there, {len(found.train) + len(found.val):,} tokens, vocabulary {found.vocab}")
             return
     source = corpus_text(corpus, root)
-    codec = Chars(tuple(sorted(set(source)))) if tokens == "chars" else train_bpe(source, int(TOKENS.fullmatch(tokens)[1]))
+    size = TOKENS.fullmatch(tokens)[1]
+    codec = train_bpe(source, int(size)) if size else Chars(tuple(sorted(set(source))))
     ids = np.array(codec.encode(source), dtype=np.uint16)
     buffer = io.BytesIO()
     np.save(buffer, ids, allow_pickle=False)
@@ -300,7 +303,7 @@ def prepare(corpus: str, tokens: str, root: Path) -> None:
 
 
 def train_bpe(source: str, size: int) -> Bpe:
-    """Return byte-level BPE of `size` tokens trained on the training part; `<|endoftext|>` is one token if it occurs."""
+    """Return byte-level BPE of `size` tokens trained on the training part, `<|endoftext|>` being one if it occurs."""
     if not SMALLEST_BPE <= size <= LARGEST_VOCAB:
         raise DataError(f"bpe{size}: the number of tokens must lie between {SMALLEST_BPE} and {LARGEST_VOCAB}")
     # here, because fetching needs no tokenizers
@@ -311,7 +314,8 @@ def train_bpe(source: str, size: int) -> Bpe:
     tokenizer.decoder = decoders.ByteLevel()
     special = [END_OF_STORY] if END_OF_STORY in source else []
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet,
+                                  show_progress=False)
     tokenizer.train_from_iterator(source[:int(TRAIN_SHARE * len(source))].splitlines(keepends=True), trainer)
     codec = Bpe(tokenizer.to_str())
     if codec.vocab != size:
@@ -330,8 +334,8 @@ def plan(name: str) -> Callable[[Path], object]:
     corpus, _, tokens = name.partition("-")
     if corpus in CORPORA and TOKENS.fullmatch(tokens):
         return lambda root: prepare(corpus, tokens, root)
-    raise DataError(f"unknown data set {name!r}; allowed: mnist, {', '.join(CORPORA)}, or a token set <corpus>-chars or "
-                    "<corpus>-bpeN, for instance plays-bpe1024")
+    raise DataError(f"unknown data set {name!r}; allowed: mnist, {', '.join(CORPORA)}, or a token set <corpus>-chars "
+                    "or <corpus>-bpeN, for instance plays-bpe1024")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

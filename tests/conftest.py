@@ -7,6 +7,6 @@ from pipelines import data
 
 @pytest.fixture(scope="session")
 def mnist_root():
-    """The data folder, with MNIST in it; fails with the data error (it does not skip) where no source can be reached."""
+    """The data folder with MNIST in it; where no source is reached, fails with the data error (it does not skip)."""
     data.fetch_mnist(data.EMBEDDED.parent)
     return data.EMBEDDED.parent
