@@ -28,7 +28,7 @@ pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; border-radius
 table { border-collapse: collapse; font-size: .9em; margin: .6rem 0; } .wide { overflow-x: auto; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e6e8; text-align: left; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid #9aa2a9; }
-figure { margin: 1rem 0; } img, svg { max-width: 100%; height: auto; } figure img { border: 1px solid #e3e6e8; background: white; }
+figure { margin: 1rem 1.5rem 1rem 0; display: inline-block; } img, svg { max-width: 100%; height: auto; } figure img { border: 1px solid #e3e6e8; background: white; }
 .holds { color: #00695c; font-weight: 600; } .fails, .missing { color: #b00020; font-weight: 600; } .open { color: #5a6268; font-style: italic; }
 .smoke { background: #fdecea; color: #b00020; padding: .6rem 1rem; font-weight: 600; } .note { color: #5a6268; font-size: .85em; }
 .jp-InputArea-prompt, .jp-OutputArea-prompt, .prompt { color: #8a9299; font-size: .75em; } math[display="block"] { margin: .8rem 0; }
