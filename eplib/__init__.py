@@ -1,0 +1,21 @@
+"""Equilibrium propagation on transformers: blocks, solvers, estimators, controllers.
+
+Importing this package is cheap: torch is loaded when the first submodule that needs it is.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["gradient", "__version__"]
+
+_LAZY = {"gradient": "estimators"}
+_MODULES = ("blocks", "controllers", "data", "diagnostics", "estimators", "models", "plotting", "records", "solvers",
+            "spectra", "training")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(f"eplib.{_LAZY[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"eplib.{name}")
+    raise AttributeError(f"eplib has no {name!r}; it has {', '.join((*_LAZY, *_MODULES))}")

@@ -1,0 +1,48 @@
+"""Validated, frozen configuration dataclasses.
+
+A configuration refuses what it does not know: an unknown key, a value of the wrong type or out of its range is a
+`pydantic.ValidationError` that names the key, the value and what is allowed. Nothing is coerced except int to float, so the
+string "1e-3" (what YAML makes of a number without a dot) is refused instead of being guessed at.
+"""
+
+import json
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+configuration = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, hide_input_in_errors=False))
+"""Class decorator of every configuration: frozen, keyword-only, strict."""
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be used; the message names each key, its value and what is allowed."""
+
+
+def parse(kind: Any, values: dict, what: str) -> Any:
+    """Builds a configuration of type `kind` from plain `values` (as read from YAML or JSON).
+
+    Raises `ConfigurationError` with one line per offending key; `what` names the configuration in it.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [f"{what}: the configuration is not valid"]
+        for item in error.errors(include_url=False):
+            where = ".".join(str(part) for part in item["loc"]) or "(whole)"
+            lines.append(f"  {where}: {item['msg']}; got {item['input']!r}")
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def plain(configuration: Any) -> dict:
+    """The configuration as JSON-compatible values, every default written out."""
+    return json.loads(json.dumps(asdict(configuration)))
+
+
+def digest(values: Any, length: int = 8) -> str:
+    """Hexadecimal digest of JSON-compatible `values`, independent of key order."""
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]

@@ -1,0 +1,108 @@
+"""Measurements at a fixed point: gradient agreement, the dense truth of small systems, live memory."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .models import EquilibriumModel
+
+GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
+
+
+def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One flat vector per parameter group of `GROUPS` from {parameter name: tensor}; absent groups are left out."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, value in tensors.items():
+        leaf = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
+        if leaf == "qkv":
+            for group, rows in zip(("Wq", "Wk", "Wv"), value.chunk(3), strict=True):
+                parts.setdefault(group, []).append(rows.flatten())
+        else:
+            group = {"wo": "Wo", "w1": "W1", "w2": "W2", "ln1": "LN", "ln2": "LN", "position": "embeddings",
+                     "embedding": "embeddings", "norm": "readout", "readout": "readout"}[leaf]
+            parts.setdefault(group, []).append(value.flatten())
+    return {group: torch.cat(parts[group]) for group in GROUPS if group in parts}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Signed cosine, norm ratio ||g|| / ||r|| and relative error ||g - r|| / ||r|| of a gradient g against a reference r."""
+
+    cosine: float
+    ratio: float
+    error: float
+
+
+def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Agreement]:
+    """Agreement per parameter group and in `total`, computed in float64. A zero gradient has cosine 0."""
+    ours, theirs = groups(gradient), groups(reference)
+    ours["total"], theirs["total"] = torch.cat(list(ours.values())), torch.cat(list(theirs.values()))
+    found = {}
+    for group, g in ours.items():
+        g, r = g.double(), theirs[group].double()
+        scale = (g.norm() * r.norm()).clamp_min(torch.finfo(torch.float64).tiny)
+        found[group] = Agreement((g @ r / scale).item(), (g.norm() / r.norm()).item(), ((g - r).norm() / r.norm()).item())
+    return found
+
+
+def dense_jacobian(model: EquilibriumModel, x: Tensor, z: Tensor) -> Tensor:
+    """J of one sample by autograd, (n, n) with n = z.numel(); x and z are (1, ...). For small systems and as a reference."""
+    rows = torch.autograd.functional.jacobian(lambda state: model.block(state, x.detach()), z.detach())
+    return rows.reshape(z.numel(), z.numel())
+
+
+def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Exact gradient of the mean loss at the fixed point z (B, ...), by dense solves of J^T a = -g, sample by sample."""
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for b in range(z.shape[0]):
+        one, target = z[b:b + 1].detach(), targets[b:b + 1]
+        with torch.enable_grad():
+            x = model.clamp(inputs[b:b + 1])
+            probe = one.clone().requires_grad_()
+            slope, = torch.autograd.grad(model.loss(model.block.output(probe), target).sum(), probe)
+            jacobian = dense_jacobian(model, x, one)
+            a = torch.linalg.solve(jacobian.mT, -slope.flatten()).view_as(one)
+            score = (a * model.block(one, x)).sum() + model.loss(model.block.output(one), target).sum()
+            grads = torch.autograd.grad(score / z.shape[0], list(parameters.values()), allow_unused=True,
+                                        materialize_grads=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            total[name] += grad
+    return total
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages allocated inside the `with` block and still alive; `.peak` is the most at once.
+
+    Exact and independent of the allocator: every operation's outputs are seen, and a storage counts until it is freed.
+    Temporaries inside one kernel are not tensors and are not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        self._known.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        arguments = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._known or key in arguments:
+                continue  # a view, or a result written in place
+            self._known.add(key)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._free, key, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out

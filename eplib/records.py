@@ -1,0 +1,303 @@
+"""The run store: what was trained, with which configuration and by which source, and the results that notebooks write.
+
+    results/<profile>/runs/<experiment>/<name>-<digest>/    config.json metrics.json log.csv curve.csv provenance.json
+    results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors
+    results/<profile>/machine/runs/<experiment>/<name>-<digest>/ machine.json timing.csv   (times and host, kept apart)
+
+The digest is that of the whole configuration, so a changed configuration can never show an old result.
+"""
+
+import ast
+import csv
+import io
+import json
+import math
+import platform
+import re
+import shutil
+import tokenize
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from .config import ConfigurationError, digest, parse, plain
+from .models import EquilibriumModel
+from .solvers import Relaxation
+from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, build_task, evaluate, show_on_terminal, \
+    write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ("blocks", "config", "controllers", "data", "estimators", "models", "solvers", "spectra", "training")
+CONVERGED = Relaxation(step=0.5, max_steps=400, tol=1e-5)  # "at the converged fixed point"
+
+
+def _without_comments(path: Path) -> str:
+    """Source text of a module without comments, docstrings and blank lines: what its results depend on."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) \
+                and isinstance(body[0].value.value, str):
+            lines[body[0].lineno - 1:body[0].end_lineno] = [""] * (body[0].end_lineno - body[0].lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT and lines[row - 1][column:column + 1] == "#":
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def source_digest() -> str:
+    """Digest of the library source that a run's numbers depend on; comments and docstrings do not count."""
+    folder = Path(__file__).parent
+    return sha256("\n".join(_without_comments(folder / f"{name}.py") for name in SOURCE).encode()).hexdigest()[:12]
+
+
+def save_result(profile: str, experiment: str, name: str, value: Any) -> Path:
+    """Writes a notebook's result to results/<profile>/<experiment>/<name>.json; non-finite numbers become null."""
+    path = ROOT / "results" / profile / experiment / f"{name}.json"
+    write_atomically(path, _json(value))
+    return path
+
+
+def save_machine(profile: str, name: str, value: Any) -> Path:
+    """Like `save_result` for times and other facts of this machine: results/<profile>/machine/<name>.json."""
+    path = ROOT / "results" / profile / "machine" / f"{name}.json"
+    write_atomically(path, _json(value | {"machine": machine()}))
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, numpy.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _csv(rows: list[dict]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else f"{value:.9g}" if isinstance(value, float) else value
+                      for key, value in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def machine() -> dict:
+    """Processor, threads and versions of the machine at hand."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        processor = found.group(1) if found else processor
+    return {"processor": processor, "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None} | versions()
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": torch.__version__.split("+")[0], "numpy": numpy.__version__}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as the store holds it."""
+
+    config: RunConfig
+    folder: Path
+    weights_folder: Path
+
+    @cached_property
+    def metrics(self) -> dict:
+        return json.loads((self.folder / "metrics.json").read_text())
+
+    @cached_property
+    def provenance(self) -> dict:
+        return json.loads((self.folder / "provenance.json").read_text())
+
+    @property
+    def current(self) -> bool:
+        """Whether the library source that recorded the run is today's."""
+        return self.provenance["source"] == source_digest()
+
+    @cached_property
+    def log(self) -> dict[str, numpy.ndarray]:
+        return _columns(self.folder / "log.csv")
+
+    @cached_property
+    def curve(self) -> dict[str, numpy.ndarray]:
+        return _columns(self.folder / "curve.csv")
+
+    def model(self, step: int | None = None, root: Path = ROOT / "data") -> EquilibriumModel:
+        """The evaluated weights after `step` updates (the last by default), in the run's model.
+
+        Raises FileNotFoundError if they were not kept here: weights do not travel with a run's results.
+        """
+        path = self.weights_folder / f"step-{step or self.config.steps:06d}.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"the weights of {self.config.name} after step {step or self.config.steps} are not at "
+                                    f"{path}; train the run here, or add the step to its `keep`")
+        model = build_model(self.config, build_task(self.config, root))
+        model.load_state_dict(load_file(path))
+        return model
+
+
+def _columns(path: Path) -> dict[str, numpy.ndarray]:
+    """A CSV file as {column: values}; numbers where every cell is one, an empty cell is NaN."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for key in rows[0] if rows else ():
+        cells = [row[key] for row in rows]
+        try:
+            found[key] = numpy.array([float(cell or "nan") for cell in cells])
+        except ValueError:
+            found[key] = numpy.array(cells)
+    return found
+
+
+class Store:
+    """Runs of one profile. `run` gives a run and trains it if it is absent."""
+
+    def __init__(self, profile: str, root: Path = ROOT):
+        self.profile, self.root = profile, Path(root)
+        self.results = self.root / "results" / profile
+        self.stale = load_profile(profile, self.root).get("stale", "keep")
+
+    def find(self, config: RunConfig) -> Run | None:
+        """The recorded run of this configuration, or None. A run of older source counts unless the profile retrains those."""
+        run = self._place(config)
+        if not (run.folder / "metrics.json").exists():  # written last: a run is there as a whole or not at all
+            return None
+        return run if self.stale == "keep" or run.current else None
+
+    def run(self, config: RunConfig, deadline: float = math.inf, device: str = "cpu", show=show_on_terminal) -> Run:
+        """The run, trained first if it is absent. Raises `training.OutOfTime` if that takes longer than the deadline."""
+        found = self.find(config)
+        if found:
+            return found
+        run = self._place(config)
+        scratch = self.root / "checkpoints" / self.profile / source_digest() / config.experiment / run.folder.name
+        trainer = Trainer(config, scratch, self.root / "data", device)
+        progress = trainer.advance(deadline, show)
+        metrics = summarise(trainer, progress)
+        for step in (*config.keep, config.steps):
+            write_atomically(run.weights_folder / trainer.weights(step).name, trainer.weights(step).read_bytes())
+        elsewhere = self.results / "machine" / "runs" / config.experiment / run.folder.name
+        write_atomically(elsewhere / "timing.csv", _csv([{"step": i + 1, "seconds": s}
+                                                        for i, s in enumerate(progress.seconds)]))
+        write_atomically(elsewhere / "machine.json", _json(machine() | {
+            "device": device, "seconds": sum(progress.seconds), "sessions": progress.sessions}))
+        write_atomically(run.folder / "config.json", _json(plain(config)))
+        write_atomically(run.folder / "log.csv", _csv(progress.rows))
+        write_atomically(run.folder / "curve.csv", _csv(progress.curve))
+        write_atomically(run.folder / "provenance.json", _json({"source": source_digest()} | versions()))
+        write_atomically(run.folder / "metrics.json", _json(metrics))
+        shutil.rmtree(scratch)
+        return run
+
+    def runs(self, experiment: str) -> list[Run]:
+        """Every run that the profile names for an experiment, trained where absent, in the profile's order."""
+        return [self.run(config) for config in configurations(self.profile, experiment, self.root)]
+
+    def recorded(self, experiment: str) -> list[Run]:
+        """The profile's runs that are recorded; those missing are left out (the paper profile is filled piece by piece)."""
+        found = (self.find(config) for config in configurations(self.profile, experiment, self.root))
+        return [run for run in found if run]
+
+    def prune(self, experiment: str) -> list[str]:
+        """Removes runs that the profile no longer names; returns their names."""
+        wanted = {self._place(config).folder.name for config in configurations(self.profile, experiment, self.root)}
+        gone = []
+        for part in ("runs", "weights", "machine/runs"):
+            folder = self.results / part / experiment
+            for path in sorted(folder.iterdir()) if folder.exists() else ():
+                if path.name not in wanted:
+                    shutil.rmtree(path)
+                    gone.append(path.name)
+        return sorted(set(gone))
+
+    def _place(self, config: RunConfig) -> Run:
+        name = f"{config.name}-{digest(plain(config))}"
+        return Run(config, self.results / "runs" / config.experiment / name,
+                   self.results / "weights" / config.experiment / name)
+
+
+def summarise(trainer: Trainer, progress: Progress) -> dict:
+    """The metrics of a finished run: whole validation split with the training solver and at the converged fixed point."""
+    config, model = trainer.config, trainer.average
+    excursions = [row["step"] for row in progress.rows if not row["free_residual_max"] <= EXCURSION]
+    best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
+    rates = [row["rate_arnoldi"] for row in progress.curve if "rate_arnoldi" in row]
+    metrics = {"final": evaluate(model, trainer.task, config.solver),
+               "best_loss": best["loss"], "best_step": best["step"],
+               "excursions": len(excursions), "first_excursion": excursions[0] if excursions else None,
+               "gated": sum(row["gated"] for row in progress.rows), "skipped": sum(row["skipped"] for row in progress.rows),
+               "force_evaluations": sum(row["force_evaluations"] for row in progress.rows),
+               "rate_arnoldi": rates[-1] if rates else None,
+               "parameters": sum(p.numel() for p in model.parameters())}
+    if not model.block.explicit:
+        metrics["converged"] = evaluate(model, trainer.task, CONVERGED)
+    return metrics
+
+
+def load_profile(profile: str, root: Path = ROOT) -> dict:
+    """pipelines/profiles/<profile>.yaml. Raises `ConfigurationError` naming the known profiles if there is none."""
+    path = root / "pipelines" / "profiles" / f"{profile}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise ConfigurationError(f"there is no profile {profile!r}; there are: {known}")
+    return yaml.safe_load(path.read_text())
+
+
+def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[RunConfig]:
+    """The runs that a profile names for an experiment.
+
+    An experiment is a list of families {common, arms: {arm: changes}, over: {dotted.key: [values]}}: every arm is the common
+    configuration with its changes, once for each combination of the values in `over`.
+    """
+    families = load_profile(profile, root).get("runs", {}).get(experiment, [])
+    found = []
+    for family in families:
+        unknown = set(family) - {"common", "arms", "over"}
+        if unknown:
+            raise ConfigurationError(f"{profile}.yaml, runs.{experiment}: unknown key {', '.join(sorted(unknown))}; a family "
+                                     "has common, arms and over")
+        over = family.get("over", {})
+        for arm, changes in family["arms"].items():
+            for values in product(*over.values()):
+                merged = _merge(_merge({"experiment": experiment, "arm": arm}, family.get("common", {})), changes or {})
+                for key, value in zip(over, values, strict=True):
+                    merged = _merge(merged, _nest(key, value))
+                found.append(parse(RunConfig, merged, f"{profile}.yaml, runs.{experiment}, arm {arm}"))
+    return found
+
+
+def _nest(key: str, value: Any) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: dict, changes: dict) -> dict:
+    """`base` with `changes` laid over it; mappings merge unless they name another `kind`."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        together = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        merged[key] = _merge(old, value) if together else value
+    return merged
