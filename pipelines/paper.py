@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import re
@@ -18,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, read_json, write_text
+from pipelines.common import ROOT, PipelineError, dumps, load_profile, read_json, write_text
 
 PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
 NOT_NOTEBOOKS = {"runs", "weights", "machine", "sources", "notebooks"}
@@ -112,8 +113,10 @@ def full_content(profile: str, root: Path = ROOT) -> str:
     content = collect(profile, root)
     for kind in ("tables", "figures"):
         content[kind] = machine[kind] | content[kind]
-    sources = {name: hashlib.sha256((root / "paper" / name).read_bytes()).hexdigest() for name in ("main.typ", "refs.bib")}
-    return dumps(content | {"machine": machine, "sources": sources})
+    # Not printed: so that a new text or a newly executed notebook makes the paper and the report old.
+    sources = [root / "paper" / "main.typ", root / "paper" / "refs.bib", *(root / "results" / profile / "notebooks").glob("*.ipynb")]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources)}
+    return dumps(content | {"machine": machine, "sources": digests})
 
 
 def up_to_date(profile: str, root: Path = ROOT) -> bool:
@@ -122,28 +125,32 @@ def up_to_date(profile: str, root: Path = ROOT) -> bool:
     return kept.is_file() and kept.with_name("paper.pdf").is_file() and kept.read_text(encoding="utf-8") == full_content(profile, root)
 
 
-def build(profile: str, root: Path = ROOT) -> Path:
-    """Set the paper and return the path of the PDF; raises PipelineError with Typst's message if it cannot be set."""
+def compile_with(content: Path, root: Path, query: str = "") -> Any:
+    """Set paper/main.typ with the file `content`, or answer a query about it; raises PipelineError with Typst's message."""
     import typst
 
-    load_profile(profile, root)
-    target = content_path(profile, root).with_name("paper.pdf")
-    kept = target.with_name("content.json")
-    kept.unlink(missing_ok=True)  # written last again: without it the PDF counts as old
-    text = full_content(profile, root)
-    draft = target.with_name("draft.json")
-    write_text(draft, text)
+    common = {"root": str(root), "sys_inputs": {"content": f"/{content.relative_to(root)}"}, "ignore_system_fonts": True}
+    main = str(root / "paper" / "main.typ")
     try:
-        pdf = typst.compile(
-            str(root / "paper" / "main.typ"),
-            root=str(root),
-            sys_inputs={"content": f"/{draft.relative_to(root)}", "notebooks": " ".join(notebook_names(root))},
-            ignore_system_fonts=True,
-        )
+        return typst.query(main, query, field="value", **common) if query else typst.compile(main, **common)
     except typst.TypstError as error:
         raise PipelineError(f"paper/main.typ could not be set: {error}") from error
+
+
+def missing(profile: str, root: Path = ROOT) -> list[str]:
+    """What the paper of this profile shows as missing; needs the paper to be built."""
+    return sorted(set(json.loads(compile_with(content_path(profile, root), root, query="<missing>"))))
+
+
+def build(profile: str, root: Path = ROOT) -> Path:
+    """Set the paper and return the path of the PDF; raises PipelineError with Typst's message if it cannot be set."""
+    load_profile(profile, root)
+    kept = content_path(profile, root)
+    kept.unlink(missing_ok=True)  # written last again: without it the PDF counts as old
+    draft, target = kept.with_name("draft.json"), kept.with_name("paper.pdf")
+    write_text(draft, full_content(profile, root))
     part = target.with_suffix(".part")
-    part.write_bytes(pdf)
+    part.write_bytes(compile_with(draft, root))
     part.replace(target)
     draft.replace(kept)
     return target

@@ -47,9 +47,12 @@ def mathml(markdown: str) -> str:
             return code
         formula = block if block is not None else inline
         try:
-            return convert(formula.strip(), display="block" if block is not None else "inline")
+            made = convert(formula.strip(), display="block" if block is not None else "inline")
         except Exception as error:  # the library raises many types; a formula that is not set must be seen, whatever its fault
             raise PipelineError(f"the report cannot set the formula {formula.strip()!r}: {type(error).__name__} {error}") from error
+        if unknown := re.findall(r"\\[A-Za-z]+", made):  # a command it does not know is left standing as text
+            raise PipelineError(f"the report cannot set {', '.join(unknown)} in the formula {formula.strip()!r}; write it another way")
+        return made
 
     return MATH.sub(replace, markdown)
 

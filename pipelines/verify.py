@@ -2,37 +2,25 @@
 
     python -m pipelines.verify --profile P
 
-Exit code 1 if a figure, table or text of the paper, an executed notebook or the claims are missing; the paper profile, which is filled
-piece by piece, may lack them. A claim that fails is a result, not an error.
+Exit code 1 if the paper shows anything as missing or a notebook has not been run; the paper profile, which is filled piece by piece, may
+lack results. A claim that fails is a result, not an error.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from pipelines import claims, paper, report
 from pipelines.common import ROOT, PipelineError, load_profile, notebook_names
 
 
-def expected(root: Path = ROOT) -> dict[str, list[str]]:
-    """The ids of the figures, tables and texts that paper/main.typ shows."""
-    text = (root / "paper" / "main.typ").read_text(encoding="utf-8")
-    asked = {"figures": r'^#fig\("(\w+)"\)', "tables": r'^#tab\("(\w+)"\)', "texts": r'data\.texts\.at\("(\w+)"'}
-    return {kind: re.findall(pattern, text, flags=re.MULTILINE) for kind, pattern in asked.items()}
-
-
-def missing(profile: str, content: dict[str, Any], root: Path = ROOT) -> list[str]:
-    """What the paper shows and this profile has not made, in words."""
-    machine = paper.machine_facts(profile, root)
-    there = {kind: content[kind].keys() | machine.get(kind, {}).keys() for kind in ("figures", "tables", "texts")}
-    found = [f"{kind[:-1]} {name}" for kind, names in expected(root).items() for name in names if name not in there[kind]]
+def missing(profile: str, root: Path = ROOT) -> list[str]:
+    """What the paper shows as missing and which notebooks have not been run, in words; needs the paper to be built."""
     executed = root / "results" / profile / "notebooks"
-    found += [f"executed notebook {name}" for name in notebook_names(root) if not (executed / f"{name}.ipynb").is_file()]
-    return found + ([] if content["claims"] else ["claims"])
+    unrun = [f"executed notebook {name}" for name in notebook_names(root) if not (executed / f"{name}.ipynb").is_file()]
+    return paper.missing(profile, root) + unrun
 
 
 def verify(profile: str, root: Path = ROOT) -> int:
@@ -46,11 +34,12 @@ def verify(profile: str, root: Path = ROOT) -> int:
         paper.build(profile, root)
     if not fresh or not index.is_file():
         report.build(profile, root)
-    lacking = missing(profile, content, root)
+    lacking = missing(profile, root)
     print(f"\nprofile  {profile}")
     for name, path in (("paper", pdf), ("report", index), ("figures", root / "figures" / profile), ("results", root / "results" / profile)):
         print(f"{name:8} {path.relative_to(root)}")
-    print(f"made     {len(content['figures'])} figures, {len(content['tables'])} tables; missing: {', '.join(lacking) or 'nothing'}")
+    print(f"made     {len(content['figures'])} figures, {len(content['tables'])} tables")
+    print(f"missing  {', '.join(lacking) or 'nothing'}")
     print("claims")
     for claim in content["claims"].values():
         print(f"  {claims.line(claim)}")

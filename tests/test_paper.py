@@ -1,0 +1,247 @@
+"""Claims, figures, the paper and the report."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eplib import plotting
+from pipelines import claims, common, notebook, paper, report, verify
+from pipelines.common import PipelineError
+
+ROOT = common.ROOT
+FIGURES = {"gradients": ["F1"], "mnist": ["F4", "F5"], "shakespeare": ["F8"], "campaign": ["F10", "X1"], "cost": ["F15"], "machine": ["F16"]}
+TABLES = {"gradients": ["T1"], "mnist": ["T2"], "shakespeare": ["T4"], "campaign": ["X1"], "cost": ["T8"]}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A root folder with this repository's paper and a profile quick, smoke and paper, and no results."""
+    shutil.copytree(ROOT / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("build"))
+    for profile in ("smoke", "quick", "paper"):
+        common.write_text(tmp_path / "pipelines" / "profiles" / f"{profile}.yaml", "{}\n")
+    return tmp_path
+
+
+def fill(root: Path, profile: str = "quick") -> None:
+    """Results such as the notebooks write them, all that the paper shows; every claim with a value."""
+    results = root / "results" / profile
+    values: dict[str, dict[str, float]] = {"cost": {"ep_over_bp_evaluations": 12.5}}
+    for claim in claims.load(root):
+        values.setdefault(claim["value"]["file"].split("/")[0], {})[claim["value"]["key"]] = 0.5
+    for name, summary in values.items():
+        common.write_text(results / name / "summary.json", json.dumps(summary))
+    table = {"title": "A title", "columns": ["method", "value"], "rows": [["EP <b>", 0.125], ["BPTT", None]], "note": "A note."}
+    for name, tables in TABLES.items():
+        for key in tables:
+            common.write_text(results / name / f"{key}.json", json.dumps(table))
+    texts = {"title": "Stories", "texts": [{"arm": "EP", "text": "Once $ # * _ <i> upon"}]}
+    common.write_text(results / "campaign" / "S1.json", json.dumps(texts))
+    fig, (ax,) = plotting.figure()
+    plotting.seeds(ax, [0, 1], [[1.0, 0.5], [1.0, 0.6]], "ep")
+    drawn = plotting.save(fig, "F1", profile, "gradients", root=root)
+    for name, figures in FIGURES.items():
+        for kind in (".pdf", ".svg", ".png"):
+            for key in figures:
+                place = root / "figures" / profile / name / f"{key}{kind}"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(drawn.with_suffix(kind).read_bytes())
+    machine = {"processor": "a processor", "gpu": None, "device": "cpu", "torch": "2.13.0", "seconds": 90.0}
+    common.write_text(results / "machine" / "runs" / "mnist" / "ep-1" / "machine.json", json.dumps(machine))
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------------
+
+
+CLAIM = {"id": "a", "text": "A.", "value": {"file": "mnist/summary.json", "key": "x.1.y"}, "holds": {"min": 1.0}, "decided_at": ["quick"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "holds", "profile", "verdict"),
+    [
+        (1.0, {"min": 1.0}, "quick", "holds"),
+        (0.99, {"min": 1.0}, "quick", "fails"),
+        (1.0, {"above": 1.0}, "quick", "fails"),
+        (1.0, {"below": 1.0}, "quick", "fails"),
+        (-0.03, {"max_abs": 0.02}, "quick", "fails"),
+        (-0.03, {"max": 0.02}, "quick", "holds"),
+        (-0.03, {"max": 0.02, "min": 0.0}, "quick", "fails"),
+        (0, {"equals": 0}, "quick", "holds"),
+        (5.0, {"min": 1.0}, "smoke", "not decided"),
+        ("high", {"min": 1.0}, "quick", "fails"),
+        (None, {"min": 1.0}, "quick", "not decided (missing)"),
+    ],
+)
+def test_verdict(tree, value, holds, profile, verdict):
+    common.write_text(tree / "results" / profile / "mnist" / "summary.json", json.dumps({"x": [0, {"y": value}]}))
+    decided = claims.decide(CLAIM | {"holds": holds}, profile, tree)
+    assert (decided["verdict"], decided["value"]) == (verdict, value)
+
+
+def test_a_missing_file_or_key_is_not_decided(tree):
+    assert claims.decide(CLAIM, "quick", tree)["verdict"] == "not decided (missing)"
+    common.write_text(tree / "results" / "quick" / "mnist" / "summary.json", '{"x": [1]}')
+    assert claims.decide(CLAIM, "quick", tree)["verdict"] == "not decided (missing)"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"holds": {"least": 1}}, "'least'.*min, max"),
+        ({"holds": {"min": "1e-3"}}, "1.0e-3"),
+        ({"holds": {}}, "empty"),
+        ({"value": "x"}, "file"),
+        ({"decided_at": ["qiuck"]}, "'qiuck'"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_a_claim_that_cannot_be_decided_is_refused(tree, change, words):
+    (tree / "paper" / "claims.yaml").write_text(yaml.safe_dump([CLAIM | change]))
+    with pytest.raises(PipelineError, match=words):
+        claims.load(tree)
+
+
+def test_the_claims_of_the_paper_and_its_text_name_each_other():
+    text = (ROOT / "paper" / "main.typ").read_text()
+    for claim in claims.load():
+        assert f'#claim("{claim["id"]}")' in text
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def draw(root: Path, profile: str) -> Path:
+    fig, (ax,) = plotting.figure("full", columns=1)
+    for method in plotting.METHODS:
+        plotting.seeds(ax, [0, 1, 2], [[3, 2, 1], [3, 2, 2]], method)
+    ax.legend()
+    return plotting.save(fig, "F1", profile, "toy", root=root).parent
+
+
+def test_a_figure_has_the_same_bytes_each_time_and_no_date(tmp_path):
+    first, second = draw(tmp_path / "a", "quick"), draw(tmp_path / "b", "quick")
+    assert digests(first) == digests(second) and len(digests(first)) == 3
+    assert b"CreationDate" not in (first / "F1.pdf").read_bytes() and b"<dc:date>" not in (first / "F1.svg").read_bytes()
+    assert paper.figures_in(first, tmp_path)["F1"]["wide"]
+
+
+def test_only_smoke_figures_are_stamped(tmp_path):
+    quick, smoke = draw(tmp_path, "quick"), draw(tmp_path, "smoke")
+    stamp = f"<!-- {plotting.SMOKE} -->".encode()  # matplotlib writes the text it has drawn as outlines into a comment
+    assert stamp in (smoke / "F1.svg").read_bytes() and stamp not in (quick / "F1.svg").read_bytes()
+
+
+def test_a_reference_is_drawn_only_where_comparable():
+    _, (ax,) = plotting.figure()
+    plotting.reference(ax, 0.5, "somebody 2020", comparable=False)
+    assert not ax.lines and not ax.texts
+    plotting.reference(ax, 0.5, "somebody 2020", comparable=True)
+    assert len(ax.lines) == len(ax.texts) == 1
+
+
+def test_unknown_methods_and_widths_are_named():
+    with pytest.raises(ValueError, match="'bakprop'.*backprop"):
+        plotting.label("bakprop")
+    with pytest.raises(ValueError, match="'half'.*column"):
+        plotting.figure("half")
+
+
+def test_plotting_never_imports_torch():
+    subprocess.run([sys.executable, "-c", "import eplib.plotting, sys; sys.exit('torch' in sys.modules)"], cwd=ROOT, check=True)
+
+
+# --- the paper --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_without_results_the_paper_is_set_and_says_what_is_missing(tree, profile):
+    claims.write(profile, tree)
+    assert paper.write(profile, tree).read_bytes().startswith(b"%PDF")
+    missing = paper.missing(profile, tree)
+    assert {"figure F1", "table T2", "texts S1", "mnist/summary.json: ep_accuracy"} <= set(missing)
+    assert verify.verify(profile, tree) == (profile != "paper")
+
+
+def test_with_results_nothing_is_missing_and_the_pdf_has_the_same_bytes_each_time(tree):
+    fill(tree)
+    claims.write("quick", tree)
+    first = paper.write("quick", tree).read_bytes()
+    assert paper.missing("quick", tree) == []
+    assert paper.up_to_date("quick", tree)
+    assert paper.build("quick", tree).read_bytes() == first
+    stamp = (tree / "results" / "quick" / "paper.json").read_text()
+    assert "a processor" not in stamp and paper.processor() not in stamp
+    common.write_text(tree / "results" / "quick" / "mnist" / "summary.json", "{}")
+    assert not paper.up_to_date("quick", tree)
+
+
+def test_a_fault_in_the_text_is_reported(tree):
+    (tree / "paper" / "main.typ").write_text("#unknown-function()")
+    with pytest.raises(PipelineError, match="unknown"):
+        paper.build("quick", tree)
+    assert not paper.up_to_date("quick", tree)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """Collects what a page loads and where it links."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.links, self.tags = [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.add(tag)
+        if tag in ("script", "img", "iframe", "source") or tag == "link":
+            self.loads.append(found.get("src") or found.get("href") or "")
+        elif tag == "a":
+            self.links.append(found["href"])
+
+
+def test_the_report_is_complete_and_loads_nothing_from_elsewhere(tree):
+    fill(tree)
+    common.write_text(tree / "notebooks" / "gradients.ipynb", "{}")
+    executed = {
+        "cells": [
+            {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# E1\nWith $a_b^2$, `$code$` and\n\n$$\\frac{\\partial F}{\\partial z}$$"},
+            {"cell_type": "code", "id": "b", "metadata": {}, "source": "1 + 1", "execution_count": 1, "outputs": []},
+        ],
+        "metadata": notebook.METADATA, "nbformat": 4, "nbformat_minor": 5,
+    }
+    common.write_text(tree / "results" / "quick" / "notebooks" / "gradients.ipynb", json.dumps(executed))
+    claims.write("quick", tree)
+    paper.write("quick", tree)
+    index = report.write("quick", tree)
+    pages = {path: path.read_text() for path in index.parent.rglob("*.html")}
+    assert len(pages) == 2
+    for path, text in pages.items():
+        found = Links()
+        found.feed(text)
+        assert "script" not in found.tags and "@import" not in text
+        for target in found.loads + found.links:
+            assert not target.startswith(("http", "//")), target
+            assert target.startswith("data:") or (path.parent / target).is_file(), target
+    page = pages[index.parent / "notebooks" / "gradients.html"]
+    assert "<mfrac>" in page and "<msubsup>" in page and "<code>$code$</code>" in page
+    first = pages[index]
+    assert all(name in first for name in ("T1. A title", "figures/F1.svg", "figures/F16.svg", "EP &lt;b&gt;", "A note."))
+    assert (tree / "results" / "quick" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("formula", [r"\left( x", r"\nosuchcommand x"])
+def test_a_formula_that_cannot_be_set_is_named(formula):
+    with pytest.raises(PipelineError, match=r"left|\\nosuchcommand"):
+        report.mathml(f"Broken: ${formula}$")

@@ -1,0 +1,271 @@
+"""The notebook runner, the notebooks in git and the DVC stages."""
+
+import ast
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import common, notebook, stages
+from pipelines.common import PipelineError
+
+ROOT = common.ROOT
+PARAMETERS = 'profile = "quick"\ncount = 3\nrate = 1.0e-3\nnames = ["a"]\nflag = False'
+CELL = """\
+import os, pathlib, sys
+here = pathlib.Path("results") / profile / "toy"
+print("to standard output", object()); print("to standard error", file=sys.stderr); print("again")
+if flag: raise ValueError("as asked")
+(here / "value.json").write_text(str(count))
+{"memory address": object()}"""
+
+
+def cells(*code: str) -> dict:
+    """A notebook as JupyterLab might save it: a title, the parameters cell, then `code`."""
+    made = [
+        {"cell_type": "markdown", "id": "x1", "metadata": {}, "source": ["# Toy\n", "\n", "With $a^2$."]},
+        {"cell_type": "code", "id": "x2", "metadata": {"tags": ["parameters"]}, "source": PARAMETERS, "execution_count": 1, "outputs": []},
+    ]
+    made += [{"cell_type": "code", "id": f"y{i}", "metadata": {}, "source": text, "execution_count": None, "outputs": []} for i, text in enumerate(code)]
+    return {"cells": made, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A root folder with one notebook `toy` and a profile `quick`."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "toy.ipynb").write_text(notebook.stripped(cells(CELL)))
+    set_profile(tmp_path, {"count": 5})
+    return tmp_path
+
+
+def set_profile(root: Path, values: dict) -> None:
+    common.write_text(root / "pipelines" / "profiles" / "quick.yaml", yaml.safe_dump({"profile": "quick", "notebooks": {"toy": values}}))
+
+
+def execute(root: Path) -> Path:
+    notebook.write_source("toy", "quick", root)
+    return notebook.run("toy", "quick", root)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cuont": 3}, ["'cuont'", "3", "count, flag, names, rate"]),
+        ({"count": "3"}, ["count", "'3'", "string", "allowed is int"]),
+        ({"count": True}, ["count", "True", "bool", "allowed is int"]),
+        ({"count": 2.5}, ["count", "2.5", "float"]),
+        ({"rate": "1e-3"}, ["rate", "'1e-3'", "1.0e-3"]),
+        ({"flag": 0}, ["flag", "0", "allowed is bool"]),
+        ({"names": ["a", 1]}, ["names", "['a', 1]", "list of string"]),
+        ({"profile": "paper"}, ["profile"]),
+    ],
+)
+def test_wrong_parameter_is_refused_with_key_value_and_what_is_allowed(tree, values, words):
+    set_profile(tree, values)
+    with pytest.raises(PipelineError) as caught:
+        execute(tree)
+    assert all(word in str(caught.value) for word in ["quick.yaml, notebooks.toy", *words]), caught.value
+    assert not (tree / "results" / "quick" / "notebooks").exists()
+
+
+def test_an_integer_may_stand_for_a_float_and_the_profile_is_injected(tree):
+    source = notebook.normalise("toy", notebook.load_notebook("toy", tree))
+    assert notebook.validated(source, {"rate": 1}, "quick") == {"profile": "quick", "rate": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("profile = 'a'\nn = f()", "literal"), ("n = 1", "`profile`"), ("profile = 'a'\nfor i in (): pass", "line 2")]
+)
+def test_a_parameters_cell_that_cannot_be_checked_is_refused(text, words):
+    source = {"notebook": "toy", "cells": [{"cell_type": "code", "source": text, "tags": ["parameters"]}]}
+    with pytest.raises(PipelineError, match=words):
+        notebook.validated(source, {}, "quick")
+
+
+def test_unknown_notebook_and_profile_are_named_with_those_there_are(tree):
+    with pytest.raises(PipelineError, match="'tyo'.*toy"):
+        notebook.load_notebook("tyo", tree)
+    with pytest.raises(PipelineError, match="'qiuck'.*quick"):
+        common.load_profile("qiuck", tree)
+
+
+# --- execution --------------------------------------------------------------------------------------------------------------
+
+
+def test_two_executions_are_byte_identical_and_a_failure_keeps_the_last_good_one(tree):
+    target = execute(tree)
+    first = target.read_bytes()
+    executed = json.loads(first)
+    assert [cell["id"] for cell in executed["cells"]] == ["cell-01", "cell-02", "cell-03", "cell-04"]
+    assert executed["cells"][2]["source"][1:3] == ['profile = "quick"\n', "count = 5\n"]
+    streams = [output for output in executed["cells"][3]["outputs"] if output["output_type"] == "stream"]
+    assert [stream["name"] for stream in streams] == ["stdout", "stderr"]
+    assert execute(tree).read_bytes() == first
+
+    value = tree / "results" / "quick" / "toy" / "value.json"
+    assert value.read_text() == "5"
+    set_profile(tree, {"count": 6, "flag": True})
+    with pytest.raises(PipelineError) as caught:
+        execute(tree)
+    assert "ValueError: as asked" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    failed = target.with_name("toy.failed.ipynb")
+    assert "as asked" in failed.read_text()
+    assert target.read_bytes() == first and value.read_text() == "5"
+    assert sorted(p.name for p in (tree / "results" / "quick").iterdir()) == ["notebooks", "sources", "toy"]
+
+
+def test_an_interrupted_run_leaves_no_kernel_and_no_half_result(tree):
+    slow = 'import os, pathlib, time\npathlib.Path("pid").write_text(str(os.getpid())); time.sleep(60)'
+    (tree / "notebooks" / "toy.ipynb").write_text(notebook.stripped(cells(slow)))
+    notebook.write_source("toy", "quick", tree)
+    old = tree / "results" / "quick" / "toy" / "value.json"
+    common.write_text(old, "before")
+    code = f"import pathlib, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" \
+           f"from pipelines import notebook; notebook.run('toy', 'quick', pathlib.Path({str(tree)!r}))"
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    began = time.monotonic()
+    while not (tree / "pid").exists() or not (tree / "pid").read_text():
+        assert time.monotonic() - began < 30 and runner.poll() is None, "the kernel did not start"
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGINT)
+    assert runner.wait(20) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tree / "pid").read_text()), 0)
+    assert old.read_text() == "before"
+    assert not (tree / "results" / "quick" / "notebooks").exists() and not list(tree.rglob("*.previous"))
+
+
+# --- notebooks in git -------------------------------------------------------------------------------------------------------
+
+
+def test_every_notebook_is_in_git_as_it_should_be():
+    names = common.notebook_names()
+    assert names, "there is no notebook in notebooks/"
+    assert {name: problems for name in names if (problems := notebook.problems(name))} == {}
+
+
+def test_strip_drops_outputs_and_check_sees_them(tree):
+    saved = cells(CELL)
+    saved["cells"][2] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
+    (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(saved))
+    assert "outputs" in notebook.problems("toy", tree)[0]
+    assert notebook.strip("toy", tree) and not notebook.strip("toy", tree)
+    assert notebook.problems("toy", tree) == []
+
+
+def test_saving_outputs_does_not_change_the_normalised_copy_and_an_edit_does(tree):
+    before = notebook.write_source("toy", "quick", tree).read_bytes()
+    saved = cells(CELL, "")  # JupyterLab adds an empty cell when the last one is run with Shift-Enter
+    saved["cells"][2] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
+    (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(saved))
+    assert notebook.write_source("toy", "quick", tree).read_bytes() == before
+    (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(cells(CELL + "\n1 + 1")))
+    assert notebook.write_source("toy", "quick", tree).read_bytes() != before
+
+
+def test_the_save_hook_of_jupyter_drops_only_empty_cells_at_the_end():
+    model = {"type": "notebook", "content": cells("1", "", "2", "", " \n")}
+    notebook.drop_empty_end(model, path="x", contents_manager=None)
+    assert [cell["source"] for cell in model["content"]["cells"][2:]] == ["1", "", "2"]
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_files_are_what_the_generator_makes():
+    assert stages.out_of_date(["quick", "paper"]) == []
+
+
+def loaded(statement: str) -> set[str]:
+    """The files of this repository that Python itself loads for a statement."""
+    code = f"{statement}\nimport sys\nprint(*[m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)], sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = (Path(line) for line in done.stdout.splitlines())
+    return {str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in stages.PACKAGES}
+
+
+def test_every_stage_declares_the_modules_its_code_loads():
+    made = stages.build("quick")["stages"]
+    modules = {"data": "data", "claims": "claims", "paper": "paper", "report": "report"}
+    modules |= {name: "train" for name in made if name.startswith("train-")}
+    for module in set(modules.values()):
+        files = loaded(f"import pipelines.{module}")
+        for stage in (stage for stage, name in modules.items() if name == module):
+            assert files <= set(made[stage]["deps"]), stage
+    for name in common.notebook_names():
+        source = notebook.normalise(name, notebook.load_notebook(name))
+        lines = [node for node in ast.walk(stages.code_of(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        files = loaded("\n".join(ast.unparse(line) for line in lines))
+        assert files <= set(made[f"notebook-{name}"]["deps"]), name
+
+
+def test_imports_are_found_in_every_form(tmp_path):
+    package = tmp_path / "eplib"
+    package.mkdir()
+    (package / "__init__.py").write_text('_LAZY = {"gradient": "estimators"}\n')
+    (package / "estimators.py").write_text("from .solvers import solve\n")
+    (package / "solvers.py").write_text("import numpy\ndef solve():\n    from eplib import late\n")
+    for name in ("late", "plotting", "unused"):
+        (package / f"{name}.py").write_text("")
+    def found(code: str) -> list[str]:
+        return [Path(p).stem for p in stages.closure(stages.imports(ast.parse(code), None, tmp_path), tmp_path)]
+
+    assert found("import eplib as e\ne.gradient(1)") == ["__init__", "estimators", "late", "solvers"]
+    assert found("import eplib.plotting") == found("from eplib import plotting") == found("import eplib\neplib.plotting.save") == ["__init__", "plotting"]
+    assert found("from eplib.solvers import solve") == ["__init__", "late", "solvers"]
+
+
+@pytest.fixture
+def repository(tree):
+    """The tree as a DVC repository with this repository's pipeline modules; `dvc(...)` runs there and returns what it prints."""
+    for path in (ROOT / "pipelines").glob("*.py"):
+        shutil.copy(path, tree / "pipelines")
+    (tree / "eplib").mkdir()
+    shutil.copy(ROOT / "eplib" / "__init__.py", tree / "eplib")
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    common.write_text(tree / ".dvc" / "config", "[core]\n    analytics = false\n    check_update = false\n")
+    made = stages.build("quick", tree)["stages"]
+    kept = {name: made[name] for name in ("source-toy", "notebook-toy")}
+    common.write_text(tree / "dvc.yaml", yaml.safe_dump({"stages": kept}))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def dvc(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tree, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    return tree, dvc
+
+
+def test_dvc_sees_an_edited_cell_and_not_saved_outputs(repository):
+    tree, dvc = repository
+    path = tree / "notebooks" / "toy.ipynb"
+    assert "Running stage 'notebook-toy'" in dvc("repro")
+    assert (tree / "results" / "quick" / "toy" / "value.json").read_text() == "5"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    assert "Running stage" not in dvc("repro")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5  # of the processor: the clock also sees other work
+
+    saved = json.loads(path.read_text())
+    saved["cells"][2] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["a\tb\x1b[0m"]}]}
+    saved["metadata"]["toc"] = {"a": 1}
+    path.write_text(json.dumps(saved, indent=1))
+    assert "up to date" in dvc("status")
+
+    saved["cells"][2]["source"][-1] += "\n1 + 1"
+    path.write_text(json.dumps(saved, indent=1))
+    assert "cells.2.source" in dvc("status")
+    saved["cells"].append({**saved["cells"][2], "source": ["2 + 2"]})
+    path.write_text(json.dumps(saved, indent=1))
+    assert "pipelines.stages --write" in dvc("repro")
