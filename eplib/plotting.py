@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,22 +16,23 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = {"column": 3.4, "full": 7.0}  # inches
 SMOKE = "smoke profile: proves nothing"
 
-# Okabe and Ito's palette as seaborn orders it; a method keeps its colour and its line through the whole paper.
-_PALETTE = sns.color_palette("colorblind")
+# seaborn's palette "colorblind" (after Okabe and Ito), written out: importing seaborn takes longer than most notebooks' figures.
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
+# A method keeps its colour and its line through the whole paper.
 Line = str | tuple[int, tuple[int, int]]  # as matplotlib names a dash pattern
-METHODS: dict[str, tuple[str, tuple[float, float, float], Line]] = {
-    "backprop": ("backprop", (0.15, 0.15, 0.15), "-"),
-    "bptt": ("BPTT", _PALETTE[0], "-"),
-    "ep": ("EP, two trajectories", _PALETTE[3], "-"),
-    "ep_linear": ("EP, linear response", _PALETTE[1], (0, (6, 1))),
-    "vector_field": ("vector field", _PALETTE[2], "--"),
-    "ep_uncontrolled": ("EP, no control", _PALETTE[4], ":"),
-    "implicit": ("implicit", _PALETTE[9], "-."),
-    "tracking": ("tracking", _PALETTE[5], "-."),
+METHODS: dict[str, tuple[str, str, Line]] = {
+    "backprop": ("backprop", "#262626", "-"),
+    "bptt": ("BPTT", PALETTE[0], "-"),
+    "ep": ("EP, two trajectories", PALETTE[3], "-"),
+    "ep_linear": ("EP, linear response", PALETTE[1], (0, (6, 1))),
+    "vector_field": ("vector field", PALETTE[2], "--"),
+    "ep_uncontrolled": ("EP, no control", PALETTE[4], ":"),
+    "implicit": ("implicit", PALETTE[9], "-."),
+    "tracking": ("tracking", PALETTE[5], "-."),
 }
 
 
-def _method(key: str) -> tuple[str, tuple[float, float, float], Line]:
+def _method(key: str) -> tuple[str, str, Line]:
     if key not in METHODS:
         raise ValueError(f"unknown method {key!r}; plotting.METHODS has {', '.join(METHODS)}")
     return METHODS[key]
@@ -42,18 +43,19 @@ def label(method: str) -> str:
     return _method(method)[0]
 
 
-def colour(method: str) -> tuple[float, float, float]:
-    """The colour of a method, RGB in [0, 1]; raises ValueError for an unknown key."""
+def colour(method: str) -> str:
+    """The colour of a method, as #rrggbb; raises ValueError for an unknown key."""
     return _method(method)[1]
 
 
 def style() -> None:
     """Make the house style the current one. `figure` calls it."""
-    sns.set_theme(context="paper", style="ticks", palette="colorblind", font="DejaVu Sans")
+    mpl.rcdefaults()
     mpl.rcParams.update({
+        "font.family": "DejaVu Sans", "axes.prop_cycle": cycler(color=PALETTE), "xtick.major.width": 0.7, "ytick.major.width": 0.7,
         "figure.dpi": 110, "savefig.dpi": 220, "figure.constrained_layout.use": True,
         "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-        "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False,
+        "legend.frameon": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False,
         "axes.spines.right": False, "lines.linewidth": 1.3, "lines.markersize": 3.5, "axes.linewidth": 0.7,
         "pdf.fonttype": 42, "svg.fonttype": "path",
     })
@@ -75,14 +77,14 @@ def figure(width: str = "column", height: float = 2.4, rows: int = 1, columns: i
 
 def seeds(ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], method: str, name: str | None = None) -> list[Line2D]:
     """Draw every run (one per seed, each as long as `x`) as a line; with several, their mean too, bold. Only one line gets the label."""
-    text, rgb, dashes = _method(method)
+    text, shade, dashes = _method(method)
     values = [np.asarray(run, dtype=float) for run in runs]
     if any(len(run) != len(x) for run in values):
         raise ValueError(f"{method}: runs of length {[len(run) for run in values]} against {len(x)} places on the x axis")
     single = len(values) == 1
-    lines = [ax.plot(x, run, ls=dashes, color=rgb, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0] for run in values]
+    lines = [ax.plot(x, run, ls=dashes, color=shade, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0] for run in values]
     if values and not single:
-        lines += ax.plot(x, np.mean(values, axis=0), ls=dashes, color=rgb, lw=1.8)
+        lines += ax.plot(x, np.mean(values, axis=0), ls=dashes, color=shade, lw=1.8)
     if lines:
         lines[-1].set_label(name or text)
     return lines
