@@ -13,7 +13,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 # The stamp's name holds the lock, the package's metadata and this folder, so that a change of any of them installs
-# again and a second call does not. It is written last: an interrupted install leaves none and starts afresh.
+# again and a second call does not. It is written last: an interrupted install leaves none and starts afresh. The
+# environment gets today's pip, which resolves this lock twice as fast as the one that comes with Python 3.11.
 STAMP := .venv/.setup-$(shell { cat requirements.lock pyproject.toml; pwd; } | git hash-object --stdin)
 
 help:  ## list the commands
@@ -24,7 +25,8 @@ setup: $(STAMP)  ## create .venv from requirements.lock and install this package
 
 $(STAMP):
 	@echo "== set-up: .venv from requirements.lock (about 2 minutes where the CPU build of torch is at hand)"
-	@set -e; \
+	@set -e; export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	if ls .venv/.setup-* >/dev/null 2>&1; then rm -f .venv/.setup-*; else rm -rf .venv; fi; \
 	fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; \
 	py=; for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \
 	  if "$$candidate" -c "$$fits" 2>/dev/null; then py=$$candidate; break; fi; \
@@ -33,14 +35,14 @@ $(STAMP):
 	  echo "set-up: no Python 3.11, 3.12 or 3.13 found as $(or $(PYTHON),python3 or python3.1x on the PATH)." >&2; \
 	  echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
-	if ls .venv/.setup-* >/dev/null 2>&1; then rm -f .venv/.setup-*; else rm -rf .venv; fi; \
 	if [ ! -d .venv ]; then \
-	  if "$$py" -c 'import ensurepip' 2>/dev/null; then "$$py" -m venv .venv; \
-	  else "$$py" -m venv --without-pip .venv && "$$py" -m pip --python .venv/bin/python install --quiet pip; fi; \
+	  "$$py" -m venv --without-pip .venv; \
+	  "$$py" -m pip --python .venv/bin/python install --quiet pip || "$$py" -m venv .venv; \
 	fi; \
-	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
 	.venv/bin/python -m pip install --no-compile -r requirements.lock; \
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	mkdir -p .venv/etc/jupyter; \
+	echo '{"ContentsManager": {"pre_save_hook": "pipelines.notebook.drop_empty_end"}}' > .venv/etc/jupyter/jupyter_server_config.json; \
 	touch $@
 	@echo "== set-up done: .venv is ready"
 

@@ -90,6 +90,12 @@ def seeds(ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], method:
     return lines
 
 
+def legend(fig: Figure, columns: int = 3) -> None:
+    """One legend for all axes, below them and off the data; a label that several axes share appears once."""
+    entries = {text: line for ax in fig.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, handlelength=2.6)
+
+
 def reference(ax: Axes, y: float, text: str, *, comparable: bool) -> None:
     """Draw a value from the literature as a thin dashed line, but only where data, size and budget match (`comparable`)."""
     if comparable:

@@ -124,7 +124,7 @@ def draw(root: Path, profile: str) -> Path:
     fig, (ax,) = plotting.figure("full", columns=1)
     for method in plotting.METHODS:
         plotting.seeds(ax, [0, 1, 2], [[3, 2, 1], [3, 2, 2]], method)
-    ax.legend()
+    plotting.legend(fig)
     return plotting.save(fig, "F1", profile, "toy", root=root).parent
 
 
