@@ -40,7 +40,7 @@ $(STAMP):
 	  "$$py" -m pip --python .venv/bin/python install --quiet pip || "$$py" -m venv .venv; \
 	fi; \
 	.venv/bin/python -m pip install --no-compile -r requirements.lock; \
-	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	.venv/bin/python -m pip install -qq --no-deps --no-build-isolation -e .; \
 	mkdir -p .venv/etc/jupyter; \
 	echo '{"ContentsManager": {"pre_save_hook": "pipelines.notebook.drop_empty_end"}}' > .venv/etc/jupyter/jupyter_server_config.json; \
 	touch $@

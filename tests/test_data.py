@@ -183,7 +183,8 @@ def test_https_decompresses_and_asks_an_unreachable_host_once(monkeypatch):
     assert urls == ["https://alive.example/mnist/sample-ubyte.gz", "https://dead.example/mnist/sample-ubyte.gz"]
 
 
-def test_closed_network_fails_in_seconds():
+def test_closed_network_fails_in_seconds(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(ConnectionError):
         fetching.download("https://127.0.0.1:9/file.gz")  # the discard port: nobody listens
 
