@@ -46,6 +46,7 @@ CORPORA = {
     "tinystories": RawFile("tinystories_4726.txt", 3_873_128,
                            "b1171eda41ce078b8f7c7bc7162d8ddfec429f8d72ae454d48905bfe688c16a6"),
 }
+DATA = Path(__file__).resolve().parent.parent / "data"  # wherever a notebook or a command is started
 TOKENS = re.compile(r"chars|bpe([1-9][0-9]*)")
 TRAIN_SHARE = 0.9
 
@@ -145,7 +146,7 @@ def check(content: bytes, file: RawFile) -> str | None:
     return None
 
 
-def mnist(root: str | Path = "data") -> Mnist:
+def mnist(root: str | Path = DATA) -> Mnist:
     """Return MNIST from `<root>/raw/mnist`; raises DataError if a file is missing or damaged."""
     arrays = {}
     for part, file in MNIST_FILES.items():
@@ -157,7 +158,7 @@ def mnist(root: str | Path = "data") -> Mnist:
     return Mnist(**arrays)
 
 
-def text(corpus: str, tokens: str, root: str | Path = "data") -> Text:
+def text(corpus: str, tokens: str, root: str | Path = DATA) -> Text:
     """Return the corpus in `<root>/prepared/<corpus>-<tokens>`; raises DataError if missing, damaged or outdated."""
     if corpus not in CORPORA:
         raise DataError(f"unknown corpus {corpus!r}; allowed: {', '.join(CORPORA)}")
@@ -201,5 +202,5 @@ def _damaged(path: Path, problem: str, root: str | Path, name: str) -> DataError
 
 
 def _remedy(root: str | Path, name: str) -> str:
-    place = "" if Path(root) == Path("data") else f"--root {root} "
+    place = "" if Path(root) == DATA else f"--root {root} "
     return f"Get it with: python -m pipelines.data {place}{name}"

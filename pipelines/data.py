@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eplib.data import CORPORA, MNIST_FILES, TOKENS, TRAIN_SHARE, Bpe, Chars, DataError, RawFile, check, text
+from eplib.data import CORPORA, DATA, MNIST_FILES, TOKENS, TRAIN_SHARE, Bpe, Chars, DataError, RawFile, check, text
 
 MIRROR_VARIABLE = "EPLIB_DATA_MIRROR"
-EMBEDDED = Path(__file__).parent.parent / "data" / "plays.txt.xz"
+EMBEDDED = DATA / "plays.txt.xz"
 MNIST_URLS = ("https://storage.googleapis.com/cvdf-datasets/mnist/", "https://ossci-datasets.s3.amazonaws.com/mnist/")
 TINYSHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/"
                        "data/tinyshakespeare/input.txt")
@@ -341,7 +341,7 @@ def plan(name: str) -> Callable[[Path], object]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Get the named data sets; return 0, or 1 after printing what went wrong."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.data", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of raw/ and prepared/ (default: data)")
+    parser.add_argument("--root", type=Path, default=DATA, help="folder of raw/ and prepared/ (default: data)")
     parser.add_argument("names", nargs="+", metavar="NAME", help="mnist, plays, plays-chars, plays-bpe1024, ...")
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # progress shows at once through DVC and make

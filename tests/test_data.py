@@ -256,7 +256,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run `python -m pipelines.data` with nothing on the PATH and no network but what `environment` says."""
     clean = {"PATH": "", "HTTPS_PROXY": "http://127.0.0.1:9"} | environment
     return subprocess.run([sys.executable, "-m", "pipelines.data", *arguments], env=clean, capture_output=True,
-                          text=True, cwd=fetching.EMBEDDED.parent.parent)
+                          text=True, cwd=reading.DATA.parent)
 
 
 def test_command_without_any_source_ends_with_one_message_and_no_traceback(tmp_path):
