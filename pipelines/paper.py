@@ -19,10 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, read_json, write_text
+from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, read_json, write_text
 
 PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
-NOT_NOTEBOOKS = {"runs", "weights", "machine", "sources", "notebooks"}
 
 
 def is_table(value: Any) -> bool:
@@ -49,8 +48,7 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """Everything the paper may print that does not depend on the machine: summaries, tables, texts, figures, claims."""
     results = root / "results" / profile
     content: dict[str, Any] = {"profile": profile, "summaries": {}, "tables": {}, "texts": {}, "figures": {}, "claims": {}}
-    folders = sorted(p for p in results.glob("*/") if p.name not in NOT_NOTEBOOKS) if results.is_dir() else []
-    for folder in folders:
+    for folder in (results / name for name in notebook_names(root)):
         for path in sorted(folder.glob("*.json")):
             value = read_json(path)
             if path.stem == "summary":
