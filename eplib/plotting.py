@@ -1,4 +1,5 @@
-"""House style of the figures: readable at column width, safe for colour-blind readers, the same bytes from the same data. No torch here."""
+"""House style of the figures: readable at column width, safe for colour-blind readers, the same bytes from the same
+data. No torch here."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = {"column": 3.4, "full": 7.0}  # inches
 SMOKE = "smoke profile: proves nothing"
 
-# seaborn's palette "colorblind" (after Okabe and Ito), written out: importing seaborn takes longer than most notebooks' figures.
+# seaborn's palette "colorblind" (after Okabe and Ito), written out: importing seaborn takes longer than most
+# notebooks' figures.
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
 # A method keeps its colour and its line through the whole paper.
 Line = str | tuple[int, tuple[int, int]]  # as matplotlib names a dash pattern
@@ -51,17 +53,40 @@ def colour(method: str) -> str:
 def style() -> None:
     """Make the house style the current one. `figure` calls it."""
     mpl.rcdefaults()
-    mpl.rcParams.update({
-        "font.family": "DejaVu Sans", "axes.prop_cycle": cycler(color=PALETTE), "xtick.major.width": 0.7, "ytick.major.width": 0.7,
-        "figure.dpi": 110, "savefig.dpi": 220, "figure.constrained_layout.use": True,
-        "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-        "legend.frameon": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False,
-        "axes.spines.right": False, "lines.linewidth": 1.3, "lines.markersize": 3.5, "axes.linewidth": 0.7,
-        "pdf.fonttype": 42, "svg.fonttype": "path",
-    })
+    mpl.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "axes.prop_cycle": cycler(color=PALETTE),
+            "xtick.major.width": 0.7,
+            "ytick.major.width": 0.7,
+            "figure.dpi": 110,
+            "savefig.dpi": 220,
+            "figure.constrained_layout.use": True,
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "axes.labelsize": 8,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.alpha": 0.3,
+            "grid.linewidth": 0.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.3,
+            "lines.markersize": 3.5,
+            "axes.linewidth": 0.7,
+            "pdf.fonttype": 42,
+            "svg.fonttype": "path",
+        }
+    )
 
 
-def figure(width: str = "column", height: float = 2.4, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
+def figure(
+    width: str = "column", height: float = 2.4, rows: int = 1, columns: int = 1, **options: object
+) -> tuple[Figure, np.ndarray]:
     """A figure of one column (3.4 in) or the full width (7 in), `height` in inches, and its axes as a flat array.
 
     `options` go to `plt.subplots` (for instance sharey=True). Raises ValueError for another width.
@@ -75,14 +100,22 @@ def figure(width: str = "column", height: float = 2.4, rows: int = 1, columns: i
     return fig, axes.ravel()
 
 
-def seeds(ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], method: str, name: str | None = None) -> list[Line2D]:
-    """Draw every run (one per seed, each as long as `x`) as a line; with several, their mean too, bold. Only one line gets the label."""
+def seeds(
+    ax: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], method: str, name: str | None = None
+) -> list[Line2D]:
+    """Draw every run (one per seed, each as long as `x`) as a line; with several, their mean too, bold. Only one line
+    gets the label."""
     text, shade, dashes = _method(method)
     values = [np.asarray(run, dtype=float) for run in runs]
     if any(len(run) != len(x) for run in values):
-        raise ValueError(f"{method}: runs of length {[len(run) for run in values]} against {len(x)} places on the x axis")
+        raise ValueError(
+            f"{method}: runs of length {[len(run) for run in values]} against {len(x)} places on the x axis"
+        )
     single = len(values) == 1
-    lines = [ax.plot(x, run, ls=dashes, color=shade, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0] for run in values]
+    lines = [
+        ax.plot(x, run, ls=dashes, color=shade, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0]
+        for run in values
+    ]
     if values and not single:
         lines += ax.plot(x, np.mean(values, axis=0), ls=dashes, color=shade, lw=1.8)
     if lines:
@@ -97,19 +130,26 @@ def legend(fig: Figure, columns: int = 3) -> None:
 
 
 def reference(ax: Axes, y: float, text: str, *, comparable: bool) -> None:
-    """Draw a value from the literature as a thin dashed line, but only where data, size and budget match (`comparable`)."""
+    """Draw a value from the literature as a thin dashed line, but only where data, size and budget match
+    (`comparable`)."""
     if comparable:
         ax.axhline(y, color="0.45", lw=0.8, ls=(0, (4, 2)), zorder=0)
-        ax.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6, color="0.35")
+        ax.annotate(
+            text, (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6, color="0.35"
+        )
 
 
 def save(fig: Figure, name: str, profile: str, experiment: str, *, root: Path = ROOT) -> Path:
-    """Write figures/<profile>/<experiment>/<name>.pdf, .svg and .png, the same bytes each time, and return the path of the SVG.
+    """Write figures/<profile>/<experiment>/<name>.pdf, .svg and .png, the same bytes each time, and return the path of
+    the SVG.
 
-    `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC does not track.
+    `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC
+    does not track.
     """
     if profile == "smoke" and not any(text.get_text() == SMOKE for text in fig.texts):
-        fig.text(0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10)
+        fig.text(
+            0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10
+        )
     folder = root / "figures" / profile / experiment
     folder.mkdir(parents=True, exist_ok=True)
     dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}, "png": {"Software": None}}

@@ -5,10 +5,10 @@
 A claim is
     id: short-name
     text: the sentence, true if the claim holds
-    value: {file: mnist/summary.json, key: ep_accuracy}      a key of a results file of the profile; a.b.0 goes into mappings and lists
-    holds: {min: 94.0}                                       one or more of the tests below, all must be met
-    decided_at: [quick, paper]                               elsewhere the value is shown and the verdict is `not decided`
-    unit: "%"                                                optional, printed behind the value
+    value: {file: mnist/summary.json, key: ep_accuracy}   a key of a results file; a.b.0 goes into mappings and lists
+    holds: {min: 94.0}                                    one or more of the tests below, all must be met
+    decided_at: [quick, paper]                            elsewhere the verdict is `not decided`
+    unit: "%"                                             optional, printed behind the value
 Tests: min, max (inclusive), above, below (strict), equals, max_abs.
 """
 
@@ -38,13 +38,16 @@ REQUIRED, OPTIONAL = {"id", "text", "value", "holds", "decided_at"}, {"unit"}
 
 
 def load(root: Path = ROOT) -> list[dict[str, Any]]:
-    """The claims of paper/claims.yaml; raises PipelineError that names the claim and the key for anything not described above."""
+    """The claims of paper/claims.yaml; raises PipelineError that names the claim and the key for anything not
+    described above."""
     claims = yaml.safe_load((root / "paper" / "claims.yaml").read_text(encoding="utf-8")) or []
     seen: set[str] = set()
     for claim in claims:
         where = f"paper/claims.yaml, claim {claim.get('id', '?')!r}"
         if wrong := (REQUIRED - claim.keys()) | (claim.keys() - REQUIRED - OPTIONAL):
-            raise PipelineError(f"{where}: missing or unknown {', '.join(sorted(wrong))}; needed: {', '.join(sorted(REQUIRED))}")
+            raise PipelineError(
+                f"{where}: missing or unknown {', '.join(sorted(wrong))}; needed: {', '.join(sorted(REQUIRED))}"
+            )
         if claim["id"] in seen:
             raise PipelineError(f"{where}: the id is used twice")
         seen.add(claim["id"])
@@ -79,7 +82,8 @@ def look_up(results: Path, file: str, key: str) -> Any:
 
 
 def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, Any]:
-    """One claim with its measured value, what was asked of it, and its verdict. A value that is no finite number fails."""
+    """One claim with its measured value, what was asked of it, and its verdict. A value that is no finite number
+    fails."""
     value = look_up(root / "results" / profile, claim["value"]["file"], claim["value"]["key"])
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if value is None:
@@ -92,8 +96,14 @@ def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, 
     asked = ", ".join(f"{TESTS[test][1]} {bound:g}".replace("-", "−") for test, bound in claim["holds"].items())
     place = f"{claim['value']['file']}: {claim['value']['key']}"
     return {
-        "id": claim["id"], "text": claim["text"], "value": value, "unit": claim.get("unit", ""), "asked": asked, "verdict": verdict,
-        "from": place, "decided_at": claim["decided_at"],
+        "id": claim["id"],
+        "text": claim["text"],
+        "value": value,
+        "unit": claim.get("unit", ""),
+        "asked": asked,
+        "verdict": verdict,
+        "from": place,
+        "decided_at": claim["decided_at"],
     }
 
 
@@ -114,7 +124,9 @@ def line(claim: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code. A claim that fails is a result, not an error."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.claims", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.claims", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--profile", required=True)
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,5 @@
-"""What every pipeline module needs: the root folder, the profiles, whole-file writes, one error type, one JSON style. Imports no torch."""
+"""What every pipeline module needs: the root folder, the profiles, whole-file writes, one error type, one JSON style.
+Imports no torch."""
 
 from __future__ import annotations
 

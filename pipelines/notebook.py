@@ -1,12 +1,13 @@
 """Run, normalise and strip notebooks: a small, strict wrapper around papermill's Python API.
 
-    python -m pipelines.notebook source NAME --profile P    write results/P/sources/NAME.json: cell types, sources and tags only
+    python -m pipelines.notebook source NAME --profile P    write results/P/sources/NAME.json: types, sources and tags
     python -m pipelines.notebook run NAME --profile P       execute it with the parameters of pipelines/profiles/P.yaml
-    python -m pipelines.notebook strip [NAME ...]           drop outputs and volatile metadata from notebooks/ (all if none is named)
-    python -m pipelines.notebook check                      say which notebooks in notebooks/ are not as git should hold them
+    python -m pipelines.notebook strip [NAME ...]           drop outputs and metadata from notebooks/ (all by default)
+    python -m pipelines.notebook check                      say which notebooks are not as git should hold them
 
-The stage that runs a notebook executes the normalised copy, so what ran is what the lock file says ran. Outputs saved by JupyterLab
-are not part of that copy: saving them is no change. Two runs of one notebook on one machine give the same bytes.
+The stage that runs a notebook executes the normalised copy, so what ran is what the lock file says ran. Outputs saved
+by JupyterLab are not part of that copy: saving them is no change. Two runs of one notebook on one machine give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def load_notebook(name: str, root: Path = ROOT) -> dict[str, Any]:
         raise PipelineError(f"notebooks/{name}.ipynb is not a notebook: {error}") from error
 
 
-# --- the normalised copy ----------------------------------------------------------------------------------------------------
+# --- the normalised copy ---
 
 
 def normalise(name: str, notebook: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +56,10 @@ def normalise(name: str, notebook: dict[str, Any]) -> dict[str, Any]:
     cells = []
     for cell in notebook["cells"]:
         source = cell["source"]
-        kept: dict[str, Any] = {"cell_type": cell["cell_type"], "source": source if isinstance(source, str) else "".join(source)}
+        kept: dict[str, Any] = {
+            "cell_type": cell["cell_type"],
+            "source": source if isinstance(source, str) else "".join(source),
+        }
         if tags := cell.get("metadata", {}).get("tags"):
             kept["tags"] = sorted(tags)
         cells.append(kept)
@@ -95,7 +99,8 @@ def stripped(notebook: dict[str, Any]) -> str:
 
 
 def drop_empty_end(model: dict[str, Any], **_: Any) -> None:
-    """A `pre_save_hook` for Jupyter: drop empty cells at the end, which JupyterLab adds when the last cell is run with Shift-Enter."""
+    """A `pre_save_hook` for Jupyter: drop empty cells at the end, which JupyterLab adds when the last cell is run with
+    Shift-Enter."""
     if model["type"] == "notebook":
         cells = model["content"]["cells"]
         while len(cells) > 1 and not "".join(cells[-1]["source"]).strip():
@@ -113,7 +118,8 @@ def strip(name: str, root: Path = ROOT) -> bool:
 
 
 def problems(name: str, root: Path = ROOT) -> list[str]:
-    """Why notebooks/<name>.ipynb is not as git should hold it: outputs, counts, formatting, no single `parameters` cell."""
+    """Why notebooks/<name>.ipynb is not as git should hold it: outputs, counts, formatting, no single `parameters`
+    cell."""
     notebook = load_notebook(name, root)
     found = []
     if any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"]):
@@ -129,22 +135,32 @@ def problems(name: str, root: Path = ROOT) -> list[str]:
     return found
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------------
+# --- parameters ---
 
 
 def declared(source: dict[str, Any]) -> dict[str, Any]:
-    """Name -> default of the `parameters` cell; raises PipelineError unless there is one such cell and it holds literals only."""
+    """Name -> default of the `parameters` cell; raises PipelineError unless there is one such cell and it holds
+    literals only."""
     name = source["notebook"]
     tagged = [cell for cell in source["cells"] if "parameters" in cell.get("tags", ()) and cell["cell_type"] == "code"]
     if len(tagged) != 1:
-        raise PipelineError(f"notebooks/{name}.ipynb has {len(tagged)} code cells tagged `parameters`: it needs exactly one")
+        raise PipelineError(
+            f"notebooks/{name}.ipynb has {len(tagged)} code cells tagged `parameters`: it needs exactly one"
+        )
     found: dict[str, Any] = {}
     for node in ast.parse(tagged[0]["source"]).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else getattr(node, "target", None)
+        target = (
+            node.targets[0]
+            if isinstance(node, ast.Assign) and len(node.targets) == 1
+            else getattr(node, "target", None)
+        )
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue
         if not isinstance(target, ast.Name) or getattr(node, "value", None) is None:
-            raise PipelineError(f"notebooks/{name}.ipynb, parameters cell, line {node.lineno}: only lines `name = value` may stand there")
+            raise PipelineError(
+                f"notebooks/{name}.ipynb, parameters cell, line {node.lineno}: "
+                "only lines `name = value` may stand there"
+            )
         try:
             found[target.id] = ast.literal_eval(node.value)
         except ValueError:
@@ -160,13 +176,21 @@ def type_name(value: Any) -> str:
     if isinstance(value, (list, tuple)) and value:
         kinds = sorted({type_name(item) for item in value})
         return f"list of {' and '.join(kinds)}"
-    return {bool: "bool", int: "int", float: "float", str: "string", list: "list", tuple: "list", dict: "mapping", type(None): "null"}.get(
-        type(value), type(value).__name__
-    )
+    return {
+        bool: "bool",
+        int: "int",
+        float: "float",
+        str: "string",
+        list: "list",
+        tuple: "list",
+        dict: "mapping",
+        type(None): "null",
+    }.get(type(value), type(value).__name__)
 
 
 def fits(value: Any, default: Any) -> bool:
-    """Whether `value` may take the place of `default`: same type; an int may stand for a float; a list's items like the default's."""
+    """Whether `value` may take the place of `default`: same type; an int may stand for a float; a list's items like
+    the default's."""
     if default is None:
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -174,23 +198,30 @@ def fits(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float))
     if isinstance(default, (list, tuple)):
-        return isinstance(value, (list, tuple)) and (not default or all(any(fits(item, d) for d in default) for item in value))
+        return isinstance(value, (list, tuple)) and (
+            not default or all(any(fits(item, d) for d in default) for item in value)
+        )
     return isinstance(value, type(default))
 
 
 def validated(source: dict[str, Any], values: dict[str, Any], profile: str) -> dict[str, Any]:
-    """The parameters to inject; raises PipelineError that names key, value and what is allowed for the first one that does not fit."""
+    """The parameters to inject; raises PipelineError that names key, value and what is allowed for the first one that
+    does not fit."""
     name = source["notebook"]
     defaults = declared(source)
     where = f"pipelines/profiles/{profile}.yaml, notebooks.{name}"
     if "profile" not in defaults:
-        raise PipelineError(f"notebooks/{name}.ipynb, parameters cell: it must set `profile` (for instance profile = \"quick\")")
+        raise PipelineError(
+            f'notebooks/{name}.ipynb, parameters cell: it must set `profile` (for instance profile = "quick")'
+        )
     if "profile" in values:
         raise PipelineError(f"{where}: `profile` is set by the runner and may not stand there")
     for key, value in values.items():
         if key not in defaults:
             allowed = ", ".join(sorted(set(defaults) - {"profile"})) or "none"
-            raise PipelineError(f"{where}: unknown parameter {key!r} (value {value!r}); the notebook's parameters cell has: {allowed}")
+            raise PipelineError(
+                f"{where}: unknown parameter {key!r} (value {value!r}); the notebook's parameters cell has: {allowed}"
+            )
         if not fits(value, defaults[key]):
             hint = ""
             if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
@@ -202,11 +233,12 @@ def validated(source: dict[str, Any], values: dict[str, Any], profile: str) -> d
     return {"profile": profile, **values}
 
 
-# --- execution --------------------------------------------------------------------------------------------------------------
+# --- execution ---
 
 
 def kernel_manager(runtime: Path, root: Path, made: list[Any]) -> type:
-    """A kernel manager whose only kernel is this interpreter, spoken to over ipc sockets in `runtime`; instances are added to `made`."""
+    """A kernel manager whose only kernel is this interpreter, spoken to over ipc sockets in `runtime`; instances are
+    added to `made`."""
     python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {"PYTHONPATH": python_path, "PYTHONHASHSEED": "0", "IPYTHONDIR": str(runtime), "TQDM_DISABLE": "1"}
     from jupyter_client.kernelspec import KernelSpec
@@ -221,7 +253,15 @@ def kernel_manager(runtime: Path, root: Path, made: list[Any]) -> type:
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
+            argv = [
+                sys.executable,
+                "-Xfrozen_modules=off",
+                "-m",
+                "ipykernel_launcher",
+                "-f",
+                "{connection_file}",
+                "--log-level=CRITICAL",
+            ]
             return KernelSpec(argv=argv, env=environ, display_name="Python 3 (ipykernel)", language="python")
 
     return ThisInterpreter
@@ -260,12 +300,15 @@ def to_nbformat(source: dict[str, Any]) -> Any:
     from nbformat import v4
 
     new = {"code": v4.new_code_cell, "markdown": v4.new_markdown_cell, "raw": v4.new_raw_cell}
-    cells = [new[cell["cell_type"]](cell["source"], metadata={"tags": cell.get("tags", [])}) for cell in source["cells"]]
+    cells = [
+        new[cell["cell_type"]](cell["source"], metadata={"tags": cell.get("tags", [])}) for cell in source["cells"]
+    ]
     return v4.new_notebook(cells=cells, metadata=METADATA)
 
 
 def settle(notebook: Any) -> str:
-    """The executed notebook without what varies from run to run: times, ids, addresses, versions, the interleaving of streams."""
+    """The executed notebook without what varies from run to run: times, ids, addresses, versions, the interleaving of
+    streams."""
 
     def clean(text: str) -> str:
         return CELL_FILE.sub("cell", ADDRESS.sub("0x0", text))
@@ -280,7 +323,11 @@ def settle(notebook: Any) -> str:
                 texts = {"stdout": "", "stderr": ""}
                 for output in group:
                     texts[output["name"]] += "".join(output["text"])
-                outputs += [{"name": n, "output_type": "stream", "text": clean(t).splitlines(keepends=True)} for n, t in texts.items() if t]
+                outputs += [
+                    {"name": n, "output_type": "stream", "text": clean(t).splitlines(keepends=True)}
+                    for n, t in texts.items()
+                    if t
+                ]
                 continue
             for output in group:
                 for kind, value in output.get("data", {}).items():
@@ -294,7 +341,8 @@ def settle(notebook: Any) -> str:
 
 
 def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> tuple[dict[str, Any], str | None]:
-    """Execute the normalised copy in a kernel of this interpreter; returns the executed notebook and, if a cell failed, which and how."""
+    """Execute the normalised copy in a kernel of this interpreter; returns the executed notebook and, if a cell
+    failed, which and how."""
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -323,7 +371,11 @@ def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> t
             if process is not None and process.poll() is None:
                 process.kill()
                 process.wait()
-        executed = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"cells": [], "nbformat": 4, "nbformat_minor": 5}
+        executed = (
+            json.loads(output.read_text(encoding="utf-8"))
+            if output.is_file()
+            else {"cells": [], "nbformat": 4, "nbformat_minor": 5}
+        )
         shutil.rmtree(runtime, ignore_errors=True)
     return executed, failure
 
@@ -331,13 +383,14 @@ def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> t
 def run(name: str, profile: str, root: Path = ROOT) -> Path:
     """Execute a notebook with its profile's parameters and return the path of the executed copy.
 
-    Its own folders results/<profile>/<name> and figures/<profile>/<name> start empty. On failure they are put back as they were, the failed
-    notebook is kept beside the last good one as NAME.failed.ipynb, and PipelineError is raised.
+    Its own folders results/<profile>/<name> and figures/<profile>/<name> start empty. On failure they are put back as
+    they were, the failed notebook is kept beside the last good one as NAME.failed.ipynb, and PipelineError is raised.
     """
     path = source_path(name, profile, root)
     if not path.is_file():
         raise PipelineError(
-            f"{path.relative_to(root)} is missing; write it with: python -m pipelines.notebook source {name} --profile {profile}"
+            f"{path.relative_to(root)} is missing; "
+            f"write it with: python -m pipelines.notebook source {name} --profile {profile}"
         )
     source = read_json(path)
     parameters = validated(source, (load_profile(profile, root).get("notebooks") or {}).get(name) or {}, profile)
@@ -361,12 +414,14 @@ def run(name: str, profile: str, root: Path = ROOT) -> Path:
     return target
 
 
-# --- command line -----------------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.notebook", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.notebook", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("source", "run"):
         sub = commands.add_parser(command)

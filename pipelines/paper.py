@@ -2,8 +2,9 @@
 
     python -m pipelines.paper --profile P      write results/P/paper.json and paper/build/P/paper.pdf
 
-paper/main.typ holds no number of ours: it looks every one up in the collected file, and shows what is absent as missing. The collected
-file without the facts of machines is results/P/paper.json; with them it is paper/build/P/content.json, which is what is set.
+paper/main.typ holds no number of ours: it looks every one up in the collected file, and shows what is absent as
+missing. The collected file without the facts of machines is results/P/paper.json; with them it is
+paper/build/P/content.json, which is what is set.
 """
 
 from __future__ import annotations
@@ -29,25 +30,39 @@ def is_table(value: Any) -> bool:
     return isinstance(value, dict) and {"columns", "rows"} <= value.keys()
 
 
-# A result is a summary (scalars for the text), a table, texts ({"title", "texts": [{"arm", "text"}]}) or data that only its notebook reads.
+# A result is a summary (scalars for the text), a table, texts ({"title", "texts": [{"arm", "text"}]}) or data that
+# only its notebook reads.
 
 
 def figures_in(folder: Path, root: Path) -> dict[str, dict[str, Any]]:
-    """Figure id -> its PDF (as a path from the root), its notebook's folder, whether it spans both columns, the digest of its SVG."""
+    """Figure id -> its PDF (as a path from the root), its notebook's folder, whether it spans both columns, the digest
+    of its SVG."""
     found = {}
     for path in sorted(folder.glob("*.pdf")):
         svg = path.with_suffix(".svg").read_bytes()
         width = re.search(rb'<svg [^>]*?width="([\d.]+)pt"', svg)
         wide = width is not None and float(width[1]) > 72 * 4
         digest = hashlib.sha256(svg).hexdigest()
-        found[path.stem] = {"path": f"/{path.relative_to(root)}", "notebook": folder.name, "wide": wide, "sha256": digest}
+        found[path.stem] = {
+            "path": f"/{path.relative_to(root)}",
+            "notebook": folder.name,
+            "wide": wide,
+            "sha256": digest,
+        }
     return found
 
 
 def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """Everything the paper may print that does not depend on the machine: summaries, tables, texts, figures, claims."""
     results = root / "results" / profile
-    content: dict[str, Any] = {"profile": profile, "summaries": {}, "tables": {}, "texts": {}, "figures": {}, "claims": {}}
+    content: dict[str, Any] = {
+        "profile": profile,
+        "summaries": {},
+        "tables": {},
+        "texts": {},
+        "figures": {},
+        "claims": {},
+    }
     for folder in (results / name for name in notebook_names(root)):
         for path in sorted(folder.glob("*.json")):
             value = read_json(path)
@@ -82,17 +97,22 @@ def versions() -> dict[str, str]:
 
 
 def machine_facts(profile: str, root: Path = ROOT) -> dict[str, Any]:
-    """What depends on the machine: where the paper is set, where and how long the runs were trained, tables and figures of times."""
+    """What depends on the machine: where the paper is set, where and how long the runs were trained, tables and
+    figures of times."""
     folder = root / "results" / profile / "machine"
     facts: dict[str, Any] = {
         "here": {"processor": processor(), "cores": os.cpu_count(), "versions": versions()},
-        "training": [], "tables": {}, "figures": figures_in(root / "figures" / profile / "machine", root),
+        "training": [],
+        "tables": {},
+        "figures": figures_in(root / "figures" / profile / "machine", root),
     }
     groups: dict[tuple[str, str, str], list[float]] = {}
     for path in sorted(folder.glob("runs/*/*/machine.json")):
         run = read_json(path)
         where = run.get("gpu") if run.get("device", "cpu") != "cpu" else run.get("processor")
-        groups.setdefault((path.parts[-3], str(where), f"torch {run.get('torch')}"), []).append(run.get("seconds") or 0.0)
+        groups.setdefault((path.parts[-3], str(where), f"torch {run.get('torch')}"), []).append(
+            run.get("seconds") or 0.0
+        )
     facts["training"] = [[*key, len(times), round(sum(times) / 60, 1)] for key, times in sorted(groups.items())]
     for path in sorted(folder.glob("*.json")):
         if is_table(value := read_json(path)):
@@ -112,7 +132,11 @@ def full_content(profile: str, root: Path = ROOT) -> str:
     for kind in ("tables", "figures"):
         content[kind] = machine[kind] | content[kind]
     # Not printed: so that a new text or a newly executed notebook makes the paper and the report old.
-    sources = [root / "paper" / "main.typ", root / "paper" / "refs.bib", *(root / "results" / profile / "notebooks").glob("*.ipynb")]
+    sources = [
+        root / "paper" / "main.typ",
+        root / "paper" / "refs.bib",
+        *(root / "results" / profile / "notebooks").glob("*.ipynb"),
+    ]
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources)}
     return dumps(content | {"machine": machine, "sources": digests})
 
@@ -120,14 +144,23 @@ def full_content(profile: str, root: Path = ROOT) -> str:
 def up_to_date(profile: str, root: Path = ROOT) -> bool:
     """Whether the PDF is there and was set from today's results and text."""
     kept = content_path(profile, root)
-    return kept.is_file() and kept.with_name("paper.pdf").is_file() and kept.read_text(encoding="utf-8") == full_content(profile, root)
+    return (
+        kept.is_file()
+        and kept.with_name("paper.pdf").is_file()
+        and kept.read_text(encoding="utf-8") == full_content(profile, root)
+    )
 
 
 def compile_with(content: Path, root: Path, query: str = "") -> Any:
-    """Set paper/main.typ with the file `content`, or answer a query about it; raises PipelineError with Typst's message."""
+    """Set paper/main.typ with the file `content`, or answer a query about it; raises PipelineError with Typst's
+    message."""
     import typst
 
-    common = {"root": str(root), "sys_inputs": {"content": f"/{content.relative_to(root)}"}, "ignore_system_fonts": True}
+    common = {
+        "root": str(root),
+        "sys_inputs": {"content": f"/{content.relative_to(root)}"},
+        "ignore_system_fonts": True,
+    }
     main = str(root / "paper" / "main.typ")
     try:
         return typst.query(main, query, field="value", **common) if query else typst.compile(main, **common)
@@ -163,7 +196,9 @@ def write(profile: str, root: Path = ROOT) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--profile", required=True)
     options = parser.parse_args(arguments)
     try:

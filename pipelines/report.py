@@ -1,8 +1,10 @@
-"""The HTML report: an index of every claim, figure and table, and the executed notebooks. It reads without a network and runs no script.
+"""The HTML report: an index of every claim, figure and table, and the executed notebooks. It reads without a network
+and runs no script.
 
-    python -m pipelines.report --profile P      write paper/build/P/report/index.html and the stamp results/P/report.json
+    python -m pipelines.report --profile P      write paper/build/P/report/index.html, stamp results/P/report.json
 
-Formulas become MathML, which browsers set themselves; figures and pictures lie inside the report's folder or inside its pages.
+Formulas become MathML, which browsers set themselves; figures and pictures lie inside the report's folder or inside
+its pages.
 """
 
 from __future__ import annotations
@@ -21,19 +23,32 @@ from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1d2327; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid #d5d9dd; margin-top: 2.5rem; padding-bottom: .2rem; }
-a { color: #0b5cad; } code, pre { font-family: "DejaVu Sans Mono", monospace; font-size: .85em; }
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1d2327; max-width: 62rem; margin: 2rem auto; }
+body { padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; }
+h2 { border-bottom: 1px solid #d5d9dd; margin-top: 2.5rem; padding-bottom: .2rem; }
+a { color: #0b5cad; }
+code, pre { font-family: "DejaVu Sans Mono", monospace; font-size: .85em; }
 pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; border-radius: 4px; }
-table { border-collapse: collapse; font-size: .9em; margin: .6rem 0; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9em; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e6e8; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid #9aa2a9; }
-figure { margin: 1rem 1.5rem 1rem 0; display: inline-block; } img, svg { max-width: 100%; height: auto; } figure img { border: 1px solid #e3e6e8; background: white; }
-.holds { color: #00695c; font-weight: 600; } .fails, .missing { color: #b00020; font-weight: 600; } .open { color: #5a6268; font-style: italic; }
-.smoke { background: #fdecea; color: #b00020; padding: .6rem 1rem; font-weight: 600; } .note { color: #5a6268; font-size: .85em; }
-.jp-InputArea-prompt, .jp-OutputArea-prompt, .prompt { color: #8a9299; font-size: .75em; } math[display="block"] { margin: .8rem 0; }
+thead th { border-bottom: 2px solid #9aa2a9; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 1.5rem 1rem 0; display: inline-block; }
+figure img { border: 1px solid #e3e6e8; background: white; }
+img, svg { max-width: 100%; height: auto; }
+math[display="block"] { margin: .8rem 0; }
+blockquote { white-space: pre-wrap; }
+.wide { overflow-x: auto; }
+.holds { color: #00695c; font-weight: 600; }
+.fails, .missing { color: #b00020; font-weight: 600; }
+.open { color: #5a6268; font-style: italic; }
+.note { color: #5a6268; font-size: .85em; }
+.smoke { background: #fdecea; color: #b00020; padding: .6rem 1rem; font-weight: 600; }
+.prompt { color: #8a9299; font-size: .75em; }
 """
-# Code is left alone: a fenced or indented block, a code span, or an escaped dollar sign; then display and inline formulas.
+# Code is left alone: a fenced or indented block, a code span, or an escaped dollar sign; then display and inline
+# formulas.
 MATH = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]+`|\\\$)|\$\$(.+?)\$\$|\$(?!\s)((?:\\.|[^$\\])+?)(?<!\s)\$", re.DOTALL)
 
 
@@ -48,10 +63,16 @@ def mathml(markdown: str) -> str:
         formula = block if block is not None else inline
         try:
             made = convert(formula.strip(), display="block" if block is not None else "inline")
-        except Exception as error:  # the library raises many types; a formula that is not set must be seen, whatever its fault
-            raise PipelineError(f"the report cannot set the formula {formula.strip()!r}: {type(error).__name__} {error}") from error
+        except (
+            Exception
+        ) as error:  # the library raises many types; a formula that is not set must be seen, whatever its fault
+            raise PipelineError(
+                f"the report cannot set the formula {formula.strip()!r}: {type(error).__name__} {error}"
+            ) from error
         if unknown := re.findall(r"\\[A-Za-z]+", made):  # a command it does not know is left standing as text
-            raise PipelineError(f"the report cannot set {', '.join(unknown)} in the formula {formula.strip()!r}; write it another way")
+            raise PipelineError(
+                f"the report cannot set {', '.join(unknown)} in the formula {formula.strip()!r}; write it another way"
+            )
         return made
 
     return MATH.sub(replace, markdown)
@@ -63,9 +84,12 @@ def page(title: str, body: str, profile: str) -> str:
 
     banner = '<p class="smoke">smoke profile: proves nothing</p>' if profile == "smoke" else ""
     code = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}\n{code}</style></head>\n<body>{banner}\n{body}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en">\n<head>{head}\n<style>{STYLE}\n{code}</style></head>\n'
+        f"<body>{banner}\n{body}\n</body></html>\n"
     )
 
 
@@ -91,7 +115,9 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, (int, float)):
-        return f'<td class="number">{value:.5g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
+        return (
+            f'<td class="number">{value:.5g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
+        )
     return "<td>–</td>" if value is None else f"<td>{html.escape(str(value))}</td>"
 
 
@@ -107,7 +133,9 @@ def table(name: str, value: dict[str, Any]) -> str:
 def figure(name: str, where: dict[str, str]) -> str:
     """A figure of the report's folder as HTML, with links to its PDF and SVG."""
     links = " · ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("pdf", "svg", "png"))
-    return f'<figure><img src="figures/{name}.svg" alt="Figure {name}"><figcaption>{name} · {links}</figcaption></figure>'
+    return (
+        f'<figure><img src="figures/{name}.svg" alt="Figure {name}"><figcaption>{name} · {links}</figcaption></figure>'
+    )
 
 
 def claims_table(decided: dict[str, dict[str, Any]]) -> str:
@@ -120,38 +148,53 @@ def claims_table(decided: dict[str, dict[str, Any]]) -> str:
         value = '<td class="missing">missing</td>' if claim["value"] is None else cell(claim["value"])
         verdict = f'<td class="{kinds[claim["verdict"]]}">{claim["verdict"]}</td>'
         unit, asked, place = (html.escape(claim[key]) for key in ("unit", "asked", "from"))
-        rows.append(f"<tr><td>{html.escape(claim['text'])}</td>{value}<td>{unit}</td><td>{asked}</td>{verdict}<td><code>{place}</code></td></tr>")
+        measured = f"<td>{html.escape(claim['text'])}</td>{value}<td>{unit}</td><td>{asked}</td>"
+        rows.append(f"<tr>{measured}{verdict}<td><code>{place}</code></td></tr>")
     head = "<th>claim</th><th>measured</th><th></th><th>asked</th><th>verdict</th><th>read from</th>"
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def texts(name: str, value: dict[str, Any]) -> str:
     """Generated texts as HTML."""
-    items = (f"<h4>{html.escape(item['arm'])}</h4><blockquote>{html.escape(item['text'])}</blockquote>" for item in value["texts"])
+    items = (
+        f"<h4>{html.escape(item['arm'])}</h4><blockquote>{html.escape(item['text'])}</blockquote>"
+        for item in value["texts"]
+    )
     return f"<h3>{html.escape(name)}. {html.escape(value.get('title', ''))}</h3>{''.join(items)}"
 
 
 def index_page(profile: str, names: list[str], content: dict[str, Any], machine: dict[str, Any]) -> str:
-    """The first page: claims, then figures and tables under the notebook that made them, then what depends on the machine."""
+    """The first page: claims, then figures and tables under the notebook that made them, then what depends on the
+    machine."""
     parts = [
         "<h1>Equilibrium propagation for transformers</h1>",
         f'<p>Profile <b>{profile}</b>. <a href="../paper.pdf">The paper as PDF</a>. Notebooks: '
-        + " · ".join(f'<a href="notebooks/{name}.html">{name}</a>' for name in names) + "</p>",
-        "<h2>Claims</h2>", claims_table(content["claims"]),
+        + " · ".join(f'<a href="notebooks/{name}.html">{name}</a>' for name in names)
+        + "</p>",
+        "<h2>Claims</h2>",
+        claims_table(content["claims"]),
     ]
     for name in names:
-        parts.append(f'<h2 id="{name}">{name}</h2><p>Made by <a href="notebooks/{name}.html">notebooks/{name}.ipynb</a>.</p>')
+        parts.append(
+            f'<h2 id="{name}">{name}</h2><p>Made by <a href="notebooks/{name}.html">notebooks/{name}.ipynb</a>.</p>'
+        )
         drawn = [figure(key, value) for key, value in content["figures"].items() if value["notebook"] == name]
         tables = [table(key, value) for key, value in content["tables"].items() if value["notebook"] == name]
         parts += drawn + tables or ['<p class="missing">missing: this notebook has made no figure and no table</p>']
         parts += [texts(key, value) for key, value in content["texts"].items() if value["notebook"] == name]
     here = machine["here"]
     versions = ", ".join(f"{key} {value}" for key, value in here["versions"].items())
-    parts.append(f"<h2>This machine</h2><p>{html.escape(here['processor'])}, {here['cores']} cores. {html.escape(versions)}.</p>")
+    parts.append(
+        f"<h2>This machine</h2><p>{html.escape(here['processor'])}, {here['cores']} cores. {html.escape(versions)}.</p>"
+    )
     parts += [figure(key, value) for key, value in machine["figures"].items()]
     parts += [table(key, value) for key, value in machine["tables"].items()]
     if machine["training"]:
-        value = {"title": "where and how long", "columns": ["runs of", "machine", "library", "runs", "minutes"], "rows": machine["training"]}
+        value = {
+            "title": "where and how long",
+            "columns": ["runs of", "machine", "library", "runs", "minutes"],
+            "rows": machine["training"],
+        }
         parts.append(table("Training", value))
     return page(f"Equilibrium propagation for transformers ({profile})", "\n".join(parts), profile)
 
@@ -170,7 +213,9 @@ def build(profile: str, root: Path = ROOT) -> Path:
     content, machine = paper.collect(profile, root), paper.machine_facts(profile, root)
     executed = {name: root / "results" / profile / "notebooks" / f"{name}.ipynb" for name in notebook_names(root)}
     for name, path in executed.items():
-        missing = page(name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile)
+        missing = page(
+            name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile
+        )
         write_text(draft / "notebooks" / f"{name}.html", notebook_page(path, profile) if path.is_file() else missing)
     (draft / "figures").mkdir(parents=True)
     for value in (machine["figures"] | content["figures"]).values():
@@ -192,7 +237,9 @@ def write(profile: str, root: Path = ROOT) -> Path:
         "claims": {key: value["verdict"] for key, value in content["claims"].items()},
         "figures": {key: value["sha256"] for key, value in content["figures"].items()},
         "tables": sorted(content["tables"]),
-        "notebooks": {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in executed if not p.stem.endswith(".failed")},
+        "notebooks": {
+            p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in executed if not p.stem.endswith(".failed")
+        },
     }
     write_text(root / "results" / profile / "report.json", dumps(stamp))
     return index
@@ -200,7 +247,9 @@ def write(profile: str, root: Path = ROOT) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--profile", required=True)
     options = parser.parse_args(arguments)
     try:

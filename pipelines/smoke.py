@@ -2,8 +2,8 @@
 
     python -m pipelines.smoke
 
-The copy holds what git tracks and what it does not ignore, and the raw data that are already here. Exit code 0 if every figure, table and
-text of the paper came out; then the scratch folder is removed. Otherwise it is kept and named.
+The copy holds what git tracks and what it does not ignore, and the raw data that are already here. Exit code 0 if
+every figure, table and text of the paper came out; then the scratch folder is removed. Otherwise it is kept and named.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from pipelines.common import ROOT, PipelineError
 
 def copy_tree(source: Path, target: Path) -> None:
     """Copy the files git tracks or would add, and link the raw data; raises PipelineError outside a git checkout."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=source, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=source, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
-        raise PipelineError(f"the smoke run copies the files git knows, but {source} is no git checkout: {listed.stderr.strip()}")
+        raise PipelineError(
+            f"the smoke run copies the files git knows, but {source} is no git checkout: {listed.stderr.strip()}"
+        )
     for name in filter(None, listed.stdout.split("\0")):
         if (source / name).is_file():  # a tracked file may have been deleted
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, target / name)
     raw = source / "data" / "raw"
     if raw.is_dir():
+
         def link(a: str, b: str) -> None:
             try:
                 os.link(a, b)
@@ -53,7 +58,8 @@ def steps(scratch: Path) -> list[list[str]]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of the commands: this interpreter's folder first on the PATH, the data mirror as an absolute path."""
+    """The environment of the commands: this interpreter's folder first on the PATH, the data mirror as an absolute
+    path."""
     values = dict(os.environ)
     values["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), values.get("PATH", "")])
     if mirror := values.get("EPLIB_DATA_MIRROR"):
@@ -65,13 +71,19 @@ def main() -> int:
     """Entry point; returns the exit code."""
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="eplib-smoke-"))
-    print(f"== smoke profile in {scratch}: every stage at toy size, at most 4 minutes; it proves nothing about the claims", flush=True)
+    print(
+        f"== smoke profile in {scratch}: every stage at toy size, at most 4 minutes; it proves nothing",
+        flush=True,
+    )
     try:
         copy_tree(ROOT, scratch)
         for command in steps(scratch):
             code = subprocess.run(command, cwd=scratch, env=environment(), check=False).returncode
             if code:
-                print(f"smoke: `{' '.join(command)}` ended with exit code {code}; everything is kept in {scratch}", file=sys.stderr)
+                print(
+                    f"smoke: `{' '.join(command)}` ended with exit code {code}; everything is kept in {scratch}",
+                    file=sys.stderr,
+                )
                 return 1
     except PipelineError as error:
         shutil.rmtree(scratch)

@@ -1,9 +1,10 @@
-"""Close a run: rebuild the PDF and the report if they are absent or old, say where everything is, what is missing and what the claims say.
+"""Close a run: rebuild the PDF and the report if they are absent or old, say where everything is, what is missing and
+what the claims say.
 
     python -m pipelines.verify --profile P
 
-Exit code 1 if the paper shows anything as missing or a notebook has not been run; the paper profile, which is filled piece by piece, may
-lack results. A claim that fails is a result, not an error.
+Exit code 1 if the paper shows anything as missing or a notebook has not been run; the paper profile, which is filled
+piece by piece, may lack results. A claim that fails is a result, not an error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ def verify(profile: str, root: Path = ROOT) -> int:
         report.build(profile, root)
     lacking = missing(profile, root)
     print(f"\nprofile  {profile}")
-    for name, path in (("paper", pdf), ("report", index), ("figures", root / "figures" / profile), ("results", root / "results" / profile)):
+    for name, path in (
+        ("paper", pdf),
+        ("report", index),
+        ("figures", root / "figures" / profile),
+        ("results", root / "results" / profile),
+    ):
         print(f"{name:8} {path.relative_to(root)}")
     print(f"made     {len(content['figures'])} figures, {len(content['tables'])} tables")
     print(f"missing  {', '.join(lacking) or 'nothing'}")
@@ -48,7 +54,9 @@ def verify(profile: str, root: Path = ROOT) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.verify", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.verify", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--profile", required=True)
     options = parser.parse_args(arguments)
     try:

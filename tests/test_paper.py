@@ -16,7 +16,14 @@ from pipelines import claims, common, notebook, paper, report, verify
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
-FIGURES = {"gradients": ["F1"], "mnist": ["F4", "F5"], "shakespeare": ["F8"], "campaign": ["F10", "X1"], "cost": ["F15"], "machine": ["F16"]}
+FIGURES = {
+    "gradients": ["F1"],
+    "mnist": ["F4", "F5"],
+    "shakespeare": ["F8"],
+    "campaign": ["F10", "X1"],
+    "cost": ["F15"],
+    "machine": ["F16"],
+}
 TABLES = {"gradients": ["T1"], "mnist": ["T2"], "shakespeare": ["T4"], "campaign": ["X1"], "cost": ["T8"]}
 
 
@@ -37,7 +44,12 @@ def fill(root: Path, profile: str = "quick") -> None:
         values.setdefault(claim["value"]["file"].split("/")[0], {})[claim["value"]["key"]] = 0.5
     for name, summary in values.items():
         common.write_text(results / name / "summary.json", json.dumps(summary))
-    table = {"title": "A title", "columns": ["method", "value"], "rows": [["EP <b>", 0.125], ["BPTT", None]], "note": "A note."}
+    table = {
+        "title": "A title",
+        "columns": ["method", "value"],
+        "rows": [["EP <b>", 0.125], ["BPTT", None]],
+        "note": "A note.",
+    }
     for name, tables in TABLES.items():
         common.write_text(root / "notebooks" / f"{name}.ipynb", "{}")
         for key in tables:
@@ -57,10 +69,16 @@ def fill(root: Path, profile: str = "quick") -> None:
     common.write_text(results / "machine" / "runs" / "mnist" / "ep-1" / "machine.json", json.dumps(machine))
 
 
-# --- claims -----------------------------------------------------------------------------------------------------------------
+# --- claims ---
 
 
-CLAIM = {"id": "a", "text": "A.", "value": {"file": "mnist/summary.json", "key": "x.1.y"}, "holds": {"min": 1.0}, "decided_at": ["quick"]}
+CLAIM = {
+    "id": "a",
+    "text": "A.",
+    "value": {"file": "mnist/summary.json", "key": "x.1.y"},
+    "holds": {"min": 1.0},
+    "decided_at": ["quick"],
+}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,7 @@ def test_the_claims_of_the_paper_and_its_text_name_each_other():
         assert f'#claim("{claim["id"]}")' in text
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -132,7 +150,9 @@ def draw(root: Path, profile: str) -> Path:
 def test_a_figure_has_the_same_bytes_each_time_and_no_date(tmp_path):
     first, second = draw(tmp_path / "a", "quick"), draw(tmp_path / "b", "quick")
     assert digests(first) == digests(second) and len(digests(first)) == 3
-    assert b"CreationDate" not in (first / "F1.pdf").read_bytes() and b"<dc:date>" not in (first / "F1.svg").read_bytes()
+    assert (
+        b"CreationDate" not in (first / "F1.pdf").read_bytes() and b"<dc:date>" not in (first / "F1.svg").read_bytes()
+    )
     assert paper.figures_in(first, tmp_path)["F1"]["wide"]
 
 
@@ -158,10 +178,12 @@ def test_unknown_methods_and_widths_are_named():
 
 
 def test_plotting_never_imports_torch():
-    subprocess.run([sys.executable, "-c", "import eplib.plotting, sys; sys.exit('torch' in sys.modules)"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import eplib.plotting, sys; sys.exit('torch' in sys.modules)"], cwd=ROOT, check=True
+    )
 
 
-# --- the paper --------------------------------------------------------------------------------------------------------------
+# --- the paper ---
 
 
 @pytest.mark.parametrize("profile", ["quick", "paper"])
@@ -193,7 +215,7 @@ def test_a_fault_in_the_text_is_reported(tree):
     assert not paper.up_to_date("quick", tree)
 
 
-# --- the report -------------------------------------------------------------------------------------------------------------
+# --- the report ---
 
 
 class Links(HTMLParser):
@@ -216,10 +238,17 @@ def test_the_report_is_complete_and_loads_nothing_from_elsewhere(tree):
     fill(tree)
     executed = {
         "cells": [
-            {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# E1\nWith $a_b^2$, `$code$` and\n\n$$\\frac{\\partial F}{\\partial z}$$"},
+            {
+                "cell_type": "markdown",
+                "id": "a",
+                "metadata": {},
+                "source": "# E1\nWith $a_b^2$, `$code$` and\n\n$$\\frac{\\partial F}{\\partial z}$$",
+            },
             {"cell_type": "code", "id": "b", "metadata": {}, "source": "1 + 1", "execution_count": 1, "outputs": []},
         ],
-        "metadata": notebook.METADATA, "nbformat": 4, "nbformat_minor": 5,
+        "metadata": notebook.METADATA,
+        "nbformat": 4,
+        "nbformat_minor": 5,
     }
     common.write_text(tree / "results" / "quick" / "notebooks" / "gradients.ipynb", json.dumps(executed))
     claims.write("quick", tree)
@@ -237,7 +266,9 @@ def test_the_report_is_complete_and_loads_nothing_from_elsewhere(tree):
     page = pages[index.parent / "notebooks" / "gradients.html"]
     assert "<mfrac>" in page and "<msubsup>" in page and "<code>$code$</code>" in page
     first = pages[index]
-    assert all(name in first for name in ("T1. A title", "figures/F1.svg", "figures/F16.svg", "EP &lt;b&gt;", "A note."))
+    assert all(
+        name in first for name in ("T1. A title", "figures/F1.svg", "figures/F16.svg", "EP &lt;b&gt;", "A note.")
+    )
     assert (tree / "results" / "quick" / "report.json").is_file()
 
 
