@@ -50,6 +50,7 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
 	@echo "   About 20 minutes on 2 CPU cores the first time; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
+	python -m pipelines.stages --write
 	dvc repro
 	python -m pipelines.verify --profile quick
 
