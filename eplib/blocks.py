@@ -30,8 +30,15 @@ class ShapeError(ValueError):
 
 
 def _gelu_gate(h: Tensor) -> Tensor:
-    """s(h) of tanh-GELU(h) = h s(h), written as a logistic function: the same function as with tanh, in half the time."""
+    """s(h) of tanh-GELU(h) = h s(h), written as a logistic function."""
     return (h * h).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul(h).sigmoid_()
+
+
+def _gelu(h: Tensor) -> Tensor:
+    """tanh-GELU. Without a graph the logistic form runs in one buffer: half the time of the library's tanh on a CPU."""
+    if torch.is_grad_enabled():
+        return functional.gelu(h, approximate="tanh")
+    return (h * h).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul_(h).sigmoid_().mul_(h)
 
 
 def _gelu_slope(h: Tensor) -> Tensor:
@@ -100,8 +107,7 @@ class Sublayers(nn.Module):
 
     def network(self, a: Tensor) -> Tensor:
         """Position-wise network of the normalised input (..., T, C)."""
-        h = self.w1(a)
-        return self.w2(_gelu_gate(h) * h)
+        return self.w2(_gelu(self.w1(a)))
 
     def linearise(self, z: Tensor) -> "Linearised":
         return Linearised(self, z)

@@ -24,43 +24,45 @@ class Outcome:
 
 @configuration
 class ContractionRate:
-    """Penalty strength * mean_b relu(||(I + step J) v_b|| / ||v_b|| - target)^2 on a leading-mode probe v.
+    """Penalty strength * mean_b (||(I + step J) v_b|| / ||v_b|| - target)^2 on a leading-mode probe v.
 
-    The probe is carried from batch to batch and refined by `products` products v <- (I + step J) v, normalised per sample: a
-    power iteration on the discrete map that the solver applies. The penalty is explicit in the weights, z* and v held fixed.
-    What it sees is logged as `rate_probe`; it is a Rayleigh-type quotient of a real vector and does not resolve a complex
-    pair: `diagnostics.contraction_rate` measures the spectral radius itself.
+    The mean is over the samples above the target, so that one unstable sample weighs the same in a batch of any size.
+
+    The relaxation that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first order,
+    for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products` products
+    v <- (I + step J) v. (A probe carried over from the last batch has seen other sequences' Jacobians only, and lost sight of
+    single unstable tokens.) The penalty is explicit in the weights, with z* and v held fixed, so its gradient is one
+    backward pass through J v. What it sees is logged as `rate_probe`: the growth of one real vector, which does not resolve a
+    complex pair; `spectra.contraction_rate` measures the spectral radius itself.
     """
 
     kind: Literal["ContractionRate"] = "ContractionRate"
-    target: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    strength: Annotated[float, Field(ge=0)] = 30.0
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    strength: Annotated[float, Field(ge=0)] = 100.0
     products: Annotated[int, Field(ge=0)] = 2
-    probe: Literal["carried", "residual"] = "carried"
 
     def __call__(self, model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, state: dict) -> Outcome:
-        """z (B, ...): the free state; `state["probe"]` (B, ...) of the last batch, drawn anew if the shape has changed."""
+        """z (B, ...): the free state. Nothing is carried over, so batches may change in size and length."""
+        lanes = (-1,) + (1,) * (z.dim() - 1)
         with torch.no_grad():
-            jacobian = model.block.linearise(z, model.clamp(inputs))
-            probe = state.get("probe") if self.probe=="carried" else model.block(z, model.clamp(inputs))
-            if probe is None or probe.shape != z.shape:
-                generator = torch.Generator().manual_seed(z.numel())
-                probe = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-            lanes = (-1,) + (1,) * (z.dim() - 1)
-            probe = probe / norm(probe).view(lanes)
-            for _ in range(self.products):
-                probe = probe + step * jacobian.product(probe)
-                probe = probe / norm(probe).clamp_min(torch.finfo(z.dtype).tiny).view(lanes)
+            x = model.clamp(inputs)
+            probe = model.block(z, x)
         with torch.enable_grad():
-            moved = probe + step * model.block.linearise(z, model.clamp(inputs).detach()).product(probe)
-            rate = norm(moved)  # the probe has unit norm: (B,)
-            total = self.strength * (rate - self.target).clamp_min(0).square().mean()
+            jacobian = model.block.linearise(z, x)
+            for _ in range(self.products):
+                with torch.no_grad():
+                    probe = probe + step * jacobian.product(probe)
+                    probe = probe / norm(probe).clamp_min(torch.finfo(z.dtype).tiny).view(lanes)
+            rate = norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(torch.finfo(z.dtype).tiny)  # (B,)
+            excess = (rate - self.target).clamp_min(0)
+            total = self.strength * excess.square().sum() / (excess > 0).sum().clamp_min(1)
             parameters = dict(model.block.named_parameters())
             grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
         rate = rate.detach()
         measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": total.item()}
-        return Outcome({f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, measured,
-                       {"probe": probe}, self.products + 4)  # + one product, its backward (about two), two linearisations
+        # one force, the linearisation and one product with their backward passes (about two each), and the refinement
+        return Outcome({f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, measured, {},
+                       self.products + 7)
 
 
 Penalty = ContractionRate

@@ -1,5 +1,8 @@
 """Measurements at a fixed point: gradient agreement, the dense truth of small systems, live memory."""
 
+import itertools
+import math
+import statistics
 import weakref
 from dataclasses import dataclass
 
@@ -8,7 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .estimators import BPTT, Estimator, gradient
 from .models import EquilibriumModel
+from .solvers import Relaxation
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
 
@@ -73,6 +78,33 @@ def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z
         for name, grad in zip(parameters, grads, strict=True):
             total[name] += grad
     return total
+
+
+def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]], estimator: Estimator, horizons: tuple[int, int],
+                  solver: Relaxation, nudged: Relaxation) -> dict[str, float]:
+    """Gradient triangulation (002): an estimator against BPTT at two horizons, and each against itself on another batch.
+
+    batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at the
+    two horizons) and the norm ratio estimator / BPTT; the self-cosines compare successive batches. An estimator whose phase
+    diverged counts as NaN.
+    """
+    def flat(kind: Estimator, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
+        report = gradient(model, inputs, targets, estimator=kind, solver=solver, nudged=nudged)
+        vector = None if report.grads is None else torch.cat([g.flatten().double() for g in report.grads.values()])
+        return vector, report.free.residual.max().item()
+
+    def cosine(a: Tensor | None, b: Tensor | None) -> float:
+        return math.nan if a is None or b is None else (a @ b / (a.norm() * b.norm())).item()
+
+    ours, short, long = ([flat(kind, *batch) for batch in batches]
+                         for kind in (estimator, *(BPTT(steps=horizon) for horizon in horizons)))
+    pairs = list(zip([v for v, _ in ours], [v for v, _ in short], [v for v, _ in long], strict=True))
+    mean = statistics.fmean
+    return {"residual": max(residual for _, residual in ours), "cosine": mean(cosine(a, b) for a, b, _ in pairs),
+            "cosine_horizons": mean(cosine(b, c) for _, b, c in pairs),
+            "ratio": mean(math.nan if a is None or b is None else (a.norm() / b.norm()).item() for a, b, _ in pairs),
+            "self_cosine": mean(cosine(p[0], q[0]) for p, q in itertools.pairwise(pairs)),
+            "self_cosine_bptt": mean(cosine(p[1], q[1]) for p, q in itertools.pairwise(pairs))}
 
 
 class LiveBytes(TorchDispatchMode):
