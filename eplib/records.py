@@ -134,6 +134,13 @@ class Run:
         """Whether the library source that recorded the run is today's."""
         return self.provenance["source"] == source_digest()
 
+    def has_weights(self, step: int | None = None) -> bool:
+        """Whether the weights after `step` updates (the last by default) are kept here."""
+        return self._weights(step).exists()
+
+    def _weights(self, step: int | None) -> Path:
+        return self.weights_folder / f"step-{step or self.config.steps:06d}.safetensors"
+
     @cached_property
     def log(self) -> dict[str, numpy.ndarray]:
         return _columns(self.folder / "log.csv")
@@ -147,7 +154,7 @@ class Run:
 
         Raises FileNotFoundError if they were not kept here: weights do not travel with a run's results.
         """
-        path = self.weights_folder / f"step-{step or self.config.steps:06d}.safetensors"
+        path = self._weights(step)
         if not path.exists():
             raise FileNotFoundError(f"the weights of {self.config.name} after step {step or self.config.steps} are not at "
                                     f"{path}; train the run here, or add the step to its `keep`")
@@ -253,6 +260,36 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
     if not model.block.explicit:
         metrics["converged"] = evaluate(model, trainer.task, CONVERGED)
     return metrics
+
+
+def best_of_grid(runs: list[Run]) -> dict[str, list[Run]]:
+    """For each arm its runs, one per seed, at the learning rate with the lowest mean final loss; arms in the runs' order.
+
+    A learning rate at which any seed ended without a finite loss is not chosen unless all did.
+    """
+    grid: dict[str, dict[float, list[Run]]] = {}
+    for run in runs:
+        grid.setdefault(run.config.arm, {}).setdefault(run.config.optimiser.lr, []).append(run)
+
+    def score(chosen: list[Run]) -> float:
+        losses = [run.metrics["final"]["loss"] for run in chosen]
+        return math.inf if None in losses else sum(losses) / len(losses)
+
+    return {arm: min(rates.values(), key=score) for arm, rates in grid.items()}
+
+
+def mean_loss(arms: dict[str, list[Run]], arm: str, metric: str = "loss") -> float | None:
+    """Mean of a final metric over an arm's seeds; None if the arm is missing or a run has no finite value."""
+    values = [run.metrics["final"][metric] for run in arms.get(arm, ())]
+    return None if not values or None in values else sum(values) / len(values)
+
+
+def paired(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> float | None:
+    """Mean over the seeds both arms have of the difference of a final metric; None if they share none."""
+    seeds = [{run.config.seed: run.metrics["final"][metric] for run in arms.get(arm, ())} for arm in (ours, theirs)]
+    differences = [seeds[0][seed] - seeds[1][seed] for seed in seeds[0]
+                   if seeds[0][seed] is not None and seeds[1].get(seed) is not None]
+    return sum(differences) / len(differences) if differences else None
 
 
 def load_profile(profile: str, root: Path = ROOT) -> dict:
