@@ -1,5 +1,6 @@
 """Controllers that keep the free phase contracting while the weights learn."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -43,26 +44,30 @@ class ContractionRate:
 
     def __call__(self, model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, state: dict) -> Outcome:
         """z (B, ...): the free state. Nothing is carried over, so batches may change in size and length."""
-        lanes = (-1,) + (1,) * (z.dim() - 1)
+        tiny = torch.finfo(z.dtype).tiny
         with torch.no_grad():
             x = model.clamp(inputs)
-            probe = model.block(z, x)
-        with torch.enable_grad():
-            jacobian = model.block.linearise(z, x)
+            jacobian, probe = model.block.linearise(z, x), model.block(z, x)
             for _ in range(self.products):
-                with torch.no_grad():
-                    probe = probe + step * jacobian.product(probe)
-                    probe = probe / norm(probe).clamp_min(torch.finfo(z.dtype).tiny).view(lanes)
-            rate = norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(torch.finfo(z.dtype).tiny)  # (B,)
+                probe = probe + step * jacobian.product(probe)
+                probe = probe / norm(probe).clamp_min(tiny).view((-1,) + (1,) * (z.dim() - 1))
+            rate = norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(tiny)  # (B,)
             excess = (rate - self.target).clamp_min(0)
-            total = self.strength * excess.square().sum() / (excess > 0).sum().clamp_min(1)
+            above = excess > 0
+        share = above.double().mean().item()
+        measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(),
+                    "penalty": self.strength * (excess.square().sum() / above.sum().clamp_min(1)).item()}
+        # a force, the linearisation and the products; then, for the samples above the target, both once more with a backward pass
+        cost = math.ceil(self.products + 3 + 6 * share)
+        if not above.any():
+            return Outcome({}, measured, {}, cost)
+        with torch.enable_grad():
+            v = probe[above]
+            moved = v + step * model.block.linearise(z[above], x[above]).product(v)
+            total = self.strength * (norm(moved) / norm(v).clamp_min(tiny) - self.target).clamp_min(0).square().mean()
             parameters = dict(model.block.named_parameters())
             grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        rate = rate.detach()
-        measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": total.item()}
-        # one force, the linearisation and one product with their backward passes (about two each), and the refinement
-        return Outcome({f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, measured, {},
-                       self.products + 7)
+        return Outcome({f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, measured, {}, cost)
 
 
 Penalty = ContractionRate

@@ -36,7 +36,7 @@ from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, buil
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ("blocks", "config", "controllers", "data", "estimators", "models", "solvers", "spectra", "training")
-CONVERGED = Relaxation(step=0.5, max_steps=400, tol=1e-5)  # "at the converged fixed point"
+CONVERGED = Relaxation(step=0.8, max_steps=150, tol=1e-4)  # "at the converged fixed point"
 
 
 def _without_comments(path: Path) -> str:
