@@ -172,9 +172,11 @@ class TextTask:
 
     def __init__(self, config: RunConfig, root: Path):
         self.config, self.context = config, config.model.context
-        text = corpora.text(config.data.corpus, config.data.tokens, root, validation=config.data.validation)
+        text = corpora.text(config.data.corpus, config.data.tokens, root)
         self.vocab = text.vocab
-        self.train, self.held_out = torch.from_numpy(text.train), torch.from_numpy(text.val)
+        ids = torch.cat([torch.from_numpy(text.train), torch.from_numpy(text.val)])  # the share held out is the run's own
+        cut = int((1 - config.data.validation) * len(ids))
+        self.train, self.held_out = ids[:cut], ids[cut:]
 
     def model(self) -> EquilibriumModel:
         shape = self.config.model
