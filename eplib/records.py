@@ -47,7 +47,9 @@ def _without_comments(path: Path) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) \
                 and isinstance(body[0].value.value, str):
-            lines[body[0].lineno - 1:body[0].end_lineno] = [""] * (body[0].end_lineno - body[0].lineno + 1)
+            alone = lines[body[0].lineno - 1].lstrip()[:1] in "\"'" and lines[body[0].end_lineno - 1].rstrip()[-1:] in "\"'"
+            if alone:  # a line that holds code as well stays whole
+                lines[body[0].lineno - 1:body[0].end_lineno] = [""] * (body[0].end_lineno - body[0].lineno + 1)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         row, column = token.start
         if token.type == tokenize.COMMENT and lines[row - 1][column:column + 1] == "#":
@@ -209,6 +211,7 @@ class Store:
                                                         for i, s in enumerate(progress.seconds)]))
         write_atomically(elsewhere / "machine.json", _json(machine() | {
             "device": device, "seconds": sum(progress.seconds), "sessions": progress.sessions}))
+        (run.folder / "metrics.json").unlink(missing_ok=True)  # of older source: a kill from here on leaves no mixture
         write_atomically(run.folder / "config.json", _json(plain(config)))
         write_atomically(run.folder / "log.csv", _csv(progress.rows))
         write_atomically(run.folder / "curve.csv", _csv(progress.curve))
@@ -307,20 +310,29 @@ def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[Run
     An experiment is a list of families {common, arms: {arm: changes}, over: {dotted.key: [values]}}: every arm is the common
     configuration with its changes, once for each combination of the values in `over`.
     """
-    families = load_profile(profile, root).get("runs", {}).get(experiment, [])
+    families = (load_profile(profile, root).get("runs") or {}).get(experiment) or []
     found = []
     for family in families:
         unknown = set(family) - {"common", "arms", "over"}
         if unknown:
             raise ConfigurationError(f"{profile}.yaml, runs.{experiment}: unknown key {', '.join(sorted(unknown))}; a family "
                                      "has common, arms and over")
+        if not family.get("arms"):
+            raise ConfigurationError(f"{profile}.yaml, runs.{experiment}: a family has no arms; give it arms: {{NAME: {{...}}}}")
         over = family.get("over", {})
+        for key, values in over.items():
+            if not isinstance(values, list):
+                raise ConfigurationError(f"{profile}.yaml, runs.{experiment}, over.{key}: got {values!r}; give a list of values")
         for arm, changes in family["arms"].items():
             for values in product(*over.values()):
                 merged = _merge(_merge({"experiment": experiment, "arm": arm}, family.get("common", {})), changes or {})
                 for key, value in zip(over, values, strict=True):
                     merged = _merge(merged, _nest(key, value))
-                found.append(parse(RunConfig, merged, f"{profile}.yaml, runs.{experiment}, arm {arm}"))
+                config = parse(RunConfig, merged, f"{profile}.yaml, runs.{experiment}, arm {arm}")
+                if config in found:
+                    raise ConfigurationError(f"{profile}.yaml, runs.{experiment}, arm {arm}: {config.name} is named twice with "
+                                             "the same configuration; remove one")
+                found.append(config)
     return found
 
 
@@ -331,10 +343,10 @@ def _nest(key: str, value: Any) -> dict:
 
 
 def _merge(base: dict, changes: dict) -> dict:
-    """`base` with `changes` laid over it; mappings merge unless they name another `kind`."""
+    """`base` with `changes` laid over it; mappings merge unless they name two different kinds."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        together = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        together = isinstance(old, dict) and isinstance(value, dict) and len({old.get("kind"), value.get("kind")} - {None}) < 2
         merged[key] = _merge(old, value) if together else value
     return merged

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -142,11 +142,11 @@ class ImageTask:
         if config.batch > count:
             raise ValueError(f"batch {config.batch} exceeds the {count} training images")
         self.config, self.patch, self.count = config, config.data.patch, count
-        self.train = self._patches(images.train_images[:count]), torch.from_numpy(images.train_labels[:count]).long()
-        self.test = self._patches(images.test_images), torch.from_numpy(images.test_labels).long()
+        self.train = self._patches(images.train_images[:count]), torch.from_numpy(images.train_labels[:count].copy()).long()
+        self.test = self._patches(images.test_images), torch.from_numpy(images.test_labels.copy()).long()
 
     def _patches(self, images: Any) -> Tensor:
-        pixels = (torch.from_numpy(images).float() / 255 - 0.1307) / 0.3081  # mean and deviation of the training pixels
+        pixels = (torch.from_numpy(images.copy()).float() / 255 - 0.1307) / 0.3081  # mean and deviation of the training pixels
         p = self.patch
         return pixels.unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2).contiguous()
 
@@ -400,14 +400,18 @@ class Trainer:
         write_atomically(self.checkpoint, save({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
 
     def _load(self) -> None:
-        with safe_open(self.checkpoint, "pt", device=str(next(self.model.parameters()).device)) as file:
-            header = file.metadata()
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}, "state": {}}
-            for key in file.keys():
-                part, name = key.split(".", 1)
-                parts[part][name] = file.get_tensor(key)
-        if json.loads(header["config"]) != plain(self.config):
-            raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}, "state": {}}
+        try:
+            with safe_open(self.checkpoint, "pt", device=str(next(self.model.parameters()).device)) as file:
+                header = file.metadata() or {}
+                if json.loads(header.get("config", "null")) != plain(self.config):
+                    raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
+                for key in file.keys():
+                    part, name = key.split(".", 1)
+                    parts[part][name] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.checkpoint} is damaged ({error}); remove it, and the run starts from its first step") \
+                from error
         self.model.load_state_dict(parts["model"])
         if self.average is not self.model:
             self.average.load_state_dict(parts["average"])
