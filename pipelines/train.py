@@ -14,8 +14,10 @@ import os
 import queue
 import re
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
@@ -40,9 +42,19 @@ def seconds(text: str) -> float:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
 
-def _work(profile: str, config: RunConfig, root: Path, device: str, left: float, lines) -> None:
+def _end_with_parent() -> None:
+    """Ends this process when its parent has: a worker whose command was killed would train on beside the next call's."""
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(profile: str, config: RunConfig, root: Path, device: str, end: float, lines) -> None:
+    """end: when the budget ends, of time.time(): starting a worker takes seconds, which count."""
     torch.set_num_threads(1)  # one run a core beats one run on all cores at these sizes, and fixes the order of sums
-    Store(profile, root).run(config, time.monotonic() + left, device, lambda line: lines.put((config.name, line)))
+    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, lambda line: lines.put((config.name, line)))
 
 
 def train(profile: str, configs: list[RunConfig], workers: int, device: str, budget: float, root: Path = ROOT) -> int:
@@ -51,17 +63,19 @@ def train(profile: str, configs: list[RunConfig], workers: int, device: str, bud
         os.environ.setdefault(name, value)
     deadline = time.monotonic() + budget
     failures, late, done = [], 0, 0
-    with multiprocessing.Manager() as manager:
+    manager = SyncManager()
+    manager.start(_end_with_parent)
+    with manager:
         lines = manager.Queue()
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
             began = time.monotonic()
             pending: dict[Future, RunConfig] = {}
             waiting, current, printed = list(configs), {}, 0.0
             while pending or waiting:
                 while waiting and len(pending) < workers and time.monotonic() < deadline:
                     config = waiting.pop(0)
-                    left = deadline - time.monotonic()
-                    pending[pool.submit(_work, profile, config, root, device, left, lines)] = config
+                    end = time.time() + deadline - time.monotonic()
+                    pending[pool.submit(_work, profile, config, root, device, end, lines)] = config
                 if waiting and not pending:
                     late += len(waiting)
                     break
