@@ -171,7 +171,8 @@ def build(profile: str, root: Path = ROOT) -> dict[str, Any]:
                 "params": [{values: Flow([f"runs.{group}", *(["stale"] if "stale" in settings else [])])}],
                 "outs": [out(f"{results}/{kind}/{group}", persist=True) for kind in ("runs", "weights")],
             }
-    names = notebook_names(root)
+    planned = {*groups, *(settings.get("notebooks") or {})}
+    names = [name for name in notebook_names(root) if name in planned]  # a profile may leave out an experiment
     for name in names:
         source = notebook.normalise(name, notebook.load_notebook(name, root))
         stages[f"source-{name}"] = {
