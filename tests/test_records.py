@@ -1,0 +1,443 @@
+"""The run store, profiles, and the command that fills the store."""
+
+import json
+import math
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from eplib import records
+from eplib.config import ConfigurationError, digest, plain
+from eplib.records import Run, Store, configurations
+from eplib.training import OutOfTime, Optimiser
+from pipelines import train
+from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
+
+COMMON = """
+      common:
+        data: {kind: Text, corpus: tinystories, validation: 0.02}
+        model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}
+        solver: {step: 0.8, max_steps: 4}
+        estimator: {kind: DyadicEP, steps: 3}
+        steps: 2
+        batch: 2
+        evaluation_batches: 1
+"""
+TWO = f"""
+runs:
+  tiny:
+    - arms: {{ep: , bptt: {{estimator: {{kind: BPTT, steps: 2}}}}}}{COMMON}
+"""
+
+
+def write_profile(root: Path, text: str) -> None:
+    (root / "pipelines" / "profiles" / "x.yaml").write_text(f"profile: x\nstale: retrain\n{text}\n")
+
+
+@pytest.fixture
+def root(tmp_path, corpus):  # noqa: F811
+    return make_root(tmp_path / "root", corpus, TWO)
+
+
+@pytest.fixture
+def recorded(root):
+    """A store with one short run in it."""
+    run = config(steps=2, keep=(1,), penalties=())
+    return Store("x", root), Store("x", root).run(run), run
+
+
+# --- the store
+
+def test_a_run_is_found_by_name_and_digest_and_not_trained_twice(recorded, monkeypatch):
+    store, run, wanted = recorded
+    assert run.folder.name == f"ep-lr0.01-seed0-{digest(plain(wanted))}" and run.folder.parent.name == "tiny"
+    assert json.loads((run.folder / "config.json").read_text()) == plain(wanted)
+    assert set(run.provenance) == {"source", "torch", "numpy", "python"} and run.current
+    monkeypatch.setattr(records, "Trainer", None)
+    assert store.run(wanted).metrics == run.metrics and store.find(wanted) == run
+    for change in ({"seed": 1}, {"optimiser": Optimiser(lr=1.1e-2)}, {"evaluation_batches": 2}, {"steps": 3}):
+        other = config(**{"steps": 2, "keep": (1,), "penalties": ()} | change)
+        assert store.find(other) is None and store._place(other).folder.name != run.folder.name
+    assert store.find(config(steps=2, keep=(1,), penalties=(), optimiser=Optimiser(lr=1e-2 * (1 + 1e-15)))) is None
+
+
+def test_results_say_nothing_of_time_or_machine(recorded):
+    store, run, _ = recorded
+    machine = json.loads(next((store.results / "machine").rglob("machine.json")).read_text())
+    assert machine["sessions"] == 1 and machine["device"] == "cpu" and machine["seconds"] > 0 and machine["processor"]
+    words = "".join(path.read_text() for path in run.folder.iterdir())
+    assert "seconds" not in words and str(store.root) not in words
+
+
+def test_key_order_does_not_matter_and_every_value_does(root):
+    families = yaml.safe_load((root / "pipelines" / "profiles" / "x.yaml").read_text())["runs"]["tiny"]
+
+    def turned(value):
+        return {key: turned(item) for key, item in reversed(value.items())} if isinstance(value, dict) else value
+
+    before = {run.arm: digest(plain(run)) for run in configurations("x", "tiny", root)}
+    write_profile(root, yaml.safe_dump({"runs": {"tiny": [turned(family) for family in families]}}, sort_keys=False))
+    assert {run.arm: digest(plain(run)) for run in configurations("x", "tiny", root)} == before
+
+
+def test_weights_are_given_back_in_the_model_or_missed_with_instructions(recorded, root):
+    _, run, wanted = recorded
+    data = root / "data"
+    last, first = run.model(root=data), run.model(1, root=data)
+    assert not torch.equal(last.readout.weight, first.readout.weight)
+    solution = last.settle(torch.zeros(1, 8, dtype=torch.long), wanted.solver)
+    assert solution.value.isfinite().all() and run.has_weights() and run.has_weights(1) and not run.has_weights(3)
+    path = run.weights_folder / "step-000002.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(Exception, match="(?i)incomplete|invalid"):
+        run.model(root=data)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="step 2 are not at .*step-000002.*train the run here, or add the step"):
+        run.model(root=data)
+    with pytest.raises(FileNotFoundError, match="step 7"):
+        run.model(7, root=data)
+
+
+def test_a_run_without_its_metrics_does_not_count(recorded):
+    store, run, wanted = recorded
+    (run.folder / "metrics.json").unlink()
+    assert store.find(wanted) is None
+    assert store.run(wanted).metrics["final"]["loss"] > 0
+
+
+def older(run: Run) -> None:
+    """Makes a run look recorded by older source, with a metric that gives it away."""
+    for name, changes in (("provenance", {"source": "0" * 12}), ("metrics", {"old": 1})):
+        path = run.folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        run.__dict__.pop(name, None)  # read anew
+
+
+def test_runs_of_older_source_are_kept_or_trained_again_as_the_profile_says(recorded, root, corpus, tmp_path):  # noqa: F811
+    store, run, wanted = recorded
+    older(run)
+    assert not run.current
+    keeping = make_root(tmp_path / "keeping", corpus, stale="keep")
+    shutil.copytree(root / "results", keeping / "results")
+    kept = Store("x", keeping).run(wanted)
+    assert kept.metrics["old"] == 1 and not kept.current
+    assert store.find(wanted) is None
+    again = store.run(wanted)
+    assert "old" not in again.metrics and again.current
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_kill_before_the_metrics_are_written_leaves_no_run(stale, recorded, monkeypatch):
+    """Metrics come last; those of older source do not pass for the new run's."""
+    store, run, wanted = recorded
+    older(run) if stale else shutil.rmtree(run.folder)
+    write, written = records.write_atomically, []
+
+    def killed(path, content):
+        if path.name == "metrics.json":
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.run(wanted)
+    assert {"config.json", "log.csv", "curve.csv", "provenance.json"} <= set(written)
+    assert Store("x", store.root).find(wanted) is None
+    assert "old" not in store.run(wanted).metrics
+
+
+def test_recorded_runs_and_pruning(root):
+    store = Store("x", root)
+    assert store.recorded("tiny") == []
+    runs = store.runs("tiny")
+    assert [run.config.arm for run in runs] == [run.config.arm for run in store.recorded("tiny")] == ["ep", "bptt"]
+    assert store.prune("tiny") == []
+    before = outcome(root)
+    write_profile(root, TWO.replace("ep: , ", ""))
+    assert store.prune("tiny") == [runs[0].folder.name] and store.prune("tiny") == []
+    assert outcome(root) == {name: content for name, content in before.items() if runs[0].folder.name not in name}
+    assert not list((store.results / "machine").rglob(runs[0].folder.name)) and outcome(root)
+
+
+def test_source_digest_ignores_what_computes_nothing(tmp_path, monkeypatch):
+    package = tmp_path / "eplib"
+    shutil.copytree(REPOSITORY / "eplib", package, ignore=shutil.ignore_patterns("__pycache__"))
+    original = records.source_digest()
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    assert records.source_digest() == original
+    solvers = package / "solvers.py"
+    text = solvers.read_text()
+    same = [text.replace('"""Euclidean norm of each sample: (B, ...) -> (B,)."""', '"""The norm."""'),
+            text.replace("GROWTH = 1e3  #", "GROWTH = 1e3   # now"), "# first\n\n" + text.replace("\n\n\n", "\n\n\n\n"),
+            text.replace('"""Relaxation of a force', '"""Anew: # a\n\nrelaxation of a force'), text + "\n\n# end\n"]
+    other = [text.replace("GROWTH = 1e3", "GROWTH = 1e4"), text.replace("= 64", "= 65"), text.replace('"converged"', '"done"'),
+             text + "\n\nEXTRA = '# not a comment'\n"]
+    for changed, expected in [(t, True) for t in same] + [(t, False) for t in other]:
+        assert changed != text
+        solvers.write_text(changed)
+        assert (records.source_digest() == original) is expected, changed[:80]
+    solvers.write_text(text)
+    (package / "plotting.py").write_text("")  # draws, computes no run
+    assert records.source_digest() == original
+
+
+def test_a_docstring_on_a_line_of_code_does_not_hide_the_code(tmp_path):
+    path = tmp_path / "module.py"
+    found = []
+    for argument in ("a", "b"):
+        path.write_text(f'def f({argument}): """Words."""\n\n\nclass A:\n    """Words."""; x = "{argument}"\n')
+        found.append(records._without_comments(path))
+    assert found[0] != found[1] and "x = " in found[0]
+
+
+# --- what is written
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path, monkeypatch):
+    assert records._finite({1: (math.nan, -math.inf, 1.5), "b": [np.float32(2), np.int64(3), np.float64("nan"), None, True, "x"]}) \
+        == {"1": [None, None, 1.5], "b": [2.0, 3, None, None, True, "x"]}
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    path = records.save_result("x", "tiny", "table", {"rows": [[math.nan, "é"]]})
+    assert path == tmp_path / "results" / "x" / "tiny" / "table.json"
+    assert json.loads(path.read_text()) == {"rows": [[None, "é"]]} and path.read_text().endswith("}\n")
+    machine = json.loads(records.save_machine("x", "cost", {"seconds": 1.0}).read_text())
+    assert machine["seconds"] == 1.0 and machine["machine"]["threads"] >= 1
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_a_log_comes_back_as_it_was_written(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(records._csv([{"step": 1, "loss": 0.1, "status": "ok"}, {"step": 2, "loss": math.nan, "late": 3.0}]))
+    columns = records._columns(path)
+    assert columns["step"].tolist() == [1, 2] and columns["status"].tolist() == ["ok", ""]
+    assert np.array_equal(columns["loss"], [0.1, math.nan], equal_nan=True)
+    assert np.array_equal(columns["late"], [math.nan, 3.0], equal_nan=True)
+
+
+def test_a_loss_that_is_not_finite_is_recorded_as_null(root, monkeypatch):
+    step = records.Trainer._step
+
+    def broken(trainer):
+        step(trainer)
+        with torch.no_grad():
+            trainer.model.embedding.weight.fill_(torch.nan)
+
+    monkeypatch.setattr(records.Trainer, "_step", broken)
+    run = Store("x", root).run(config())
+    assert run.metrics["final"]["loss"] is None and run.metrics["best_loss"] is None
+    assert run.metrics["excursions"] == run.metrics["skipped"] == 5 and run.metrics["first_excursion"] == 2
+    assert np.isnan(run.log["loss"][1:]).all() and run.log["status"][1] == "nonfinite"
+
+
+def test_arms_are_compared_at_their_best_rate_and_seed_by_seed():
+    def made(arm, lr, seed, loss):
+        return SimpleNamespace(config=SimpleNamespace(arm=arm, optimiser=SimpleNamespace(lr=lr), seed=seed),
+                               metrics={"final": {"loss": loss}})
+
+    runs = [made("ep", 1, 0, 2.0), made("ep", 1, 1, 3.0), made("ep", 2, 0, 1.0), made("ep", 2, 1, None),
+            made("bp", 1, 0, 5.0), made("bp", 2, 1, 1.0), made("bp", 2, 0, 1.5)]
+    arms = records.best_of_grid(runs)
+    assert list(arms) == ["ep", "bp"] and arms["ep"] == runs[:2] and arms["bp"] == runs[5:]
+    assert records.mean_loss(arms, "ep") == 2.5 and records.mean_loss(arms, "no") is None
+    assert records.mean_loss({"ep": runs[2:4]}, "ep") is None
+    assert records.paired(arms, "ep", "bp") == pytest.approx(((2.0 - 1.5) + (3.0 - 1.0)) / 2)
+    assert records.paired({"ep": runs[:1], "bp": runs[5:6]}, "ep", "bp") is None
+
+
+# --- profiles
+
+def test_families_expand_in_order(root):
+    write_profile(root, f"""
+runs:
+  tiny:
+    - over: {{optimiser.lr: [1.0e-2, 2.0e-2], seed: [1, 0]}}
+      arms: {{b: , a: {{estimator: {{steps: 7}}}}}}{COMMON}
+    - arms: {{c: {{estimator: {{kind: BPTT, steps: 2}}, model: {{width: 4}}}}}}{COMMON}
+""")
+    found = configurations("x", "tiny", root)
+    assert [run.name for run in found] == [f"{arm}-lr{lr}-seed{seed}" for arm in "ba" for lr in ("0.01", "0.02")
+                                           for seed in (1, 0)] + ["c-lr0.003-seed0"]
+    assert {run.estimator.steps for run in found} == {3, 7, 2} and found[4].estimator.kind == "DyadicEP"
+    assert found[-1].model.width == 4 and found[-1].model.context == 8 and found[-1].estimator.kind == "BPTT"
+    assert found[0].optimiser.warmup == Optimiser().warmup
+    assert configurations("x", "absent", root) == []
+
+
+def test_merging_replaces_a_block_of_another_kind_and_completes_one_of_the_same():
+    base = {"estimator": {"kind": "AsymEP", "beta": 0.1}, "solver": {"step": 0.5}, "list": [{"kind": "a"}], "n": 1}
+    merge = records._merge
+    assert merge(base, {"estimator": {"kind": "BPTT", "steps": 2}})["estimator"] == {"kind": "BPTT", "steps": 2}
+    for more in ({"steps": 2}, {"kind": "AsymEP", "steps": 2}):
+        assert merge(base, {"estimator": more})["estimator"] == {"kind": "AsymEP", "beta": 0.1, "steps": 2}
+    assert merge(base, {"solver": {"kind": "Relaxation"}})["solver"] == {"kind": "Relaxation", "step": 0.5}
+    assert merge(base, {"list": [], "n": {"a": 1}}) == base | {"list": [], "n": {"a": 1}}
+    assert base["solver"] == {"step": 0.5}  # untouched
+
+
+@pytest.mark.parametrize("change, parts", [
+    ("optimiser: {rate: 1.0}", ["optimiser.rate", "Unexpected", "1.0"]),
+    ("optimiser: {lr: 1e-3}", ["optimiser.lr", "valid number", "'1e-3'"]),
+    ("optimiser: {lr: -1.0}", ["optimiser.lr", "greater than 0", "-1.0"]),
+    ("batch: 2.5", ["batch", "integer", "2.5"]),
+    ("batch: 0", ["batch", "greater than or equal to 1", "0"]),
+    ("batch: true", ["batch", "integer", "True"]),
+    ("solver: {step: 3.0}", ["solver.step", "less than or equal to 2", "3.0"]),
+    ("estimator: {kind: Magic}", ["estimator", "DyadicEP", "Backprop", "Magic"]),
+    ("estimator: {kind: Backprop}", ["Feedforward goes with Backprop"]),
+    ("data: {kind: Text, corpus: novels}", ["data.Text.corpus", "plays", "novels"]),
+    ("penalties: [{target: 1.5}]", ["penalties.0.target", "less than 1", "1.5"]),
+    ("arm: 'A b'", ["arm", "pattern", "A b"]),
+])
+def test_a_wrong_value_is_named_with_its_profile_experiment_arm_and_key(change, parts, root):
+    write_profile(root, f"runs:\n  tiny:\n    - arms:\n        good:\n        wrong: {{{change}}}{COMMON}")
+    with pytest.raises(ConfigurationError) as error:
+        configurations("x", "tiny", root)
+    for part in ["x.yaml, runs.tiny, arm wrong", *parts]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("family, parts", [
+    ("{common: {}}", ["has no arms"]),
+    ("{arms: {a: }, steps: 3}", ["unknown key steps", "common, arms and over"]),
+    ("{arms: {a: }, over: {seed: 3}}", ["over.seed: got 3", "list"]),
+])
+def test_a_family_that_is_none_is_refused(family, parts, root):
+    write_profile(root, f"runs:\n  tiny:\n    - {family}")
+    with pytest.raises(ConfigurationError) as error:
+        configurations("x", "tiny", root)
+    for part in ["x.yaml, runs.tiny", *parts]:
+        assert part in str(error.value)
+
+
+def test_one_run_named_twice_is_refused(root):
+    """Two workers would train it in one folder."""
+    write_profile(root, f"runs:\n  tiny:\n    - over: {{seed: [1, 1]}}\n      arms: {{a: }}{COMMON}")
+    with pytest.raises(ConfigurationError, match="arm a: a-lr0.003-seed1 is named twice"):
+        configurations("x", "tiny", root)
+
+
+def test_empty_groups_have_no_runs_and_an_unknown_profile_is_named(root):
+    for text in ("runs:", "runs: {tiny: }", ""):
+        write_profile(root, text)
+        assert configurations("x", "tiny", root) == []
+    with pytest.raises(ConfigurationError, match="no profile 'y'; there are: x"):
+        Store("y", root)
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (REPOSITORY / "pipelines" / "profiles").glob("*.yaml")))
+def test_the_profiles_of_the_repository_are_valid(profile):
+    groups = records.load_profile(profile)["runs"]
+    found = {group: configurations(profile, group) for group in groups}
+    assert found and all(found.values())
+
+
+# --- the command
+
+@pytest.fixture
+def command(root, monkeypatch):
+    """`python -m pipelines.train --profile x ...` on the temporary root, with threads for worker processes."""
+    for name in ("load_profile", "configurations", "train"):
+        monkeypatch.setattr(train, name, partial(getattr(train, name), root=root))
+    monkeypatch.setattr(train, "Store", lambda profile, _=None: Store(profile, root))
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    return lambda *arguments: train.main(["--profile", "x", "--workers", "1", *arguments])
+
+
+def test_command_trains_what_is_absent_and_a_second_call_nothing(command, root, capsys, monkeypatch):
+    assert command("--list") == 0
+    said = capsys.readouterr().out
+    assert "x: 2 runs, 0 recorded, 2 to train" in said and said.count(": absent") == 2 and outcome(root) == {}
+    assert command("--only", "bptt") == 0
+    said = capsys.readouterr().out
+    assert "1 runs, 0 recorded, 1 to train" in said and "tiny/bptt-lr0.003-seed0: done (1 of 1" in said
+    assert command("--experiment", "tiny") == 0
+    assert "2 runs, 1 recorded, 1 to train" in capsys.readouterr().out
+    before = outcome(root)
+    monkeypatch.setattr(records, "Trainer", None)
+    assert command() == 0 and command("--list") == 0
+    said = capsys.readouterr().out
+    assert "2 runs, 2 recorded, 0 to train" in said and said.count(": recorded\n") == 2 and outcome(root) == before
+    write_profile(root, TWO.replace("ep: , ", ""))
+    assert command("--only", "bptt") == 0 and outcome(root) == before  # a part of the runs prunes nothing
+    assert command() == 0 and "removed tiny/ep-lr0.003-seed0-" in capsys.readouterr().out
+    assert {Path(name).parts[2][:4] for name in outcome(root)} == {"bptt"}
+
+
+def test_command_lists_runs_of_older_source(command, root, capsys):
+    assert command() == 0
+    for path in (root / "results" / "x" / "runs").rglob("provenance.json"):
+        path.write_text(json.dumps({"source": "older"}))
+    assert command("--list") == 0 and capsys.readouterr().out.count(": absent") == 2  # the profile trains them again
+    profile = root / "pipelines" / "profiles" / "x.yaml"
+    profile.write_text(profile.read_text().replace("stale: retrain", "stale: keep"))
+    assert command("--list") == 0 and capsys.readouterr().out.count(": recorded by older source") == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--only", "nothing"], "no run of profile x has 'nothing' in its name"),
+    (["--experiment", "other"], "no runs for 'other'; it has tiny"),
+    (["--budget", "soon"], "such as 500s or 2h; got 'soon'"),
+    (["--profile", "y"], "no profile 'y'; there are: x"),
+    (["--device", "cuda"], "device 'cuda' was asked for"),
+])
+def test_command_refuses_what_it_cannot_do(arguments, message, command, root, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(*arguments) == 2
+    assert message in capsys.readouterr().err and outcome(root) == {}
+
+
+def test_command_refuses_a_wrong_profile_and_unknown_options(command, root, capsys):
+    write_profile(root, TWO.replace("batch: 2", "batch: -2"))
+    assert command() == 2 and "runs.tiny, arm ep" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        command("--budgets", "3s")
+    assert exit.value.code == 2
+
+
+@pytest.mark.parametrize("text, expected", [("500", 500), ("500s", 500), ("10m", 600), ("2h", 7200), ("1.5m", 90), ("0", 0)])
+def test_budget_forms(text, expected):
+    assert train.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "s", "5d", "-3", "1e3", "1 h", "1h30m", "inf"])
+def test_budget_forms_that_are_none(text):
+    with pytest.raises(ValueError, match="a budget is a number with s, m or h"):
+        train.seconds(text)
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(command, root, capsys):
+    write_profile(root, TWO.replace("ep: ,", "ep: {data: {corpus: tinyshakespeare}},"))
+    assert command() == 1
+    said = capsys.readouterr()
+    assert "failed: tiny/ep-lr0.003-seed0: DataError: cannot read" in said.err
+    assert "python -m pipelines.data" in said.err and "tiny/bptt-lr0.003-seed0: done (1 of 2" in said.out
+    assert {Path(name).parts[2][:4] for name in outcome(root)} == {"bptt"}
+
+
+def test_a_budget_that_ends_gives_status_3_and_the_next_call_goes_on(command, root, capsys, monkeypatch):
+    assert command("--budget", "0s") == 3
+    assert "out of time: 2 of 2 runs are unfinished; call again" in capsys.readouterr().out and outcome(root) == {}
+
+    def late(trainer, deadline, show):
+        trainer._step()
+        trainer._save()
+        assert 0 < deadline - time.monotonic() < 600
+        raise OutOfTime("stopped at step 1 of 2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.Trainer, "advance", late)
+        assert command("--budget", "10m") == 3
+    assert "2 of 2 runs are unfinished" in capsys.readouterr().out
+    assert len(list((root / "checkpoints").rglob("checkpoint.safetensors"))) == 2
+    assert command("--budget", "10m") == 0
+    assert [json.loads(path.read_text())["sessions"] for path in (root / "results").rglob("machine.json")] == [2, 2]

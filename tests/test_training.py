@@ -1,0 +1,498 @@
+"""Training runs: what a step does, what it logs, and that an interrupted run ends as if it had not been."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import eplib.data
+import systems  # noqa: F401  (one thread)
+from eplib import blocks, estimators, training
+from eplib.controllers import ContractionRate
+from eplib.data import RawFile
+from eplib.records import Store, summarise
+from eplib.solvers import Relaxation
+from eplib.training import (Architecture, Mnist, Optimiser, OutOfTime, RunConfig, Text, Trainer, build_model, build_task,
+                            evaluate)
+from pipelines import data as preparing
+
+REAL_MNIST = eplib.data.mnist
+REPOSITORY = Path(__file__).resolve().parent.parent
+BASE = {"experiment": "tiny", "arm": "ep", "data": Text(corpus="tinystories", validation=0.02),
+        "model": Architecture(width=8, heads=2, context=8, block=blocks.Thick()), "estimator": estimators.DyadicEP(steps=4),
+        "solver": Relaxation(step=0.8, max_steps=6, tol=1e-3), "penalties": (ContractionRate(target=0.2),),
+        "optimiser": Optimiser(lr=1e-2), "steps": 6, "batch": 4, "evaluate_every": 2, "evaluation_batches": 1, "keep": (2,)}
+IMAGES = {"data": Mnist(patch=14), "model": Architecture(width=8, heads=2, block=blocks.Thick(causal=False))}
+BACKPROP = {"arm": "backprop", "model": Architecture(width=8, heads=2, context=8, block=blocks.Feedforward()),
+            "estimator": estimators.Backprop(), "penalties": ()}
+
+
+def config(**changes) -> RunConfig:
+    return RunConfig(**BASE | changes)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A data folder in which 20,000 characters of the plays stand in for TinyStories, made by the real data stage, and 40
+    random images for MNIST."""
+    root = tmp_path_factory.mktemp("data")
+    content = preparing.corpus_text("plays", root)[:20_000].encode()
+    file = RawFile("excerpt.txt", len(content), hashlib.sha256(content).hexdigest())
+    noise = np.random.default_rng(0)
+    images = eplib.data.Mnist(*(part.astype(np.uint8) for part in (
+        noise.integers(0, 256, (40, 28, 28)), noise.integers(0, 10, 40), noise.integers(0, 256, (24, 28, 28)),
+        noise.integers(0, 10, 24))))
+    (root / "raw").mkdir()
+    (root / "raw" / file.name).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(eplib.data.CORPORA, "tinystories", file)
+        patch.setattr(eplib.data, "mnist", lambda root: images)
+        preparing.prepare("tinystories", "chars", root)
+        yield root
+
+
+def make_root(folder: Path, corpus: Path, profile: str = "runs: {}", stale: str = "retrain") -> Path:
+    """A repository root with profile x and the data."""
+    (folder / "pipelines" / "profiles").mkdir(parents=True)
+    (folder / "pipelines" / "profiles" / "x.yaml").write_text(f"profile: x\nstale: {stale}\n{profile}\n")
+    (folder / "data").symlink_to(corpus)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, corpus):
+    return make_root(tmp_path / "root", corpus)
+
+
+def outcome(root: Path) -> dict[str, bytes]:
+    """Every result and weight of profile x by path, times left out."""
+    results = root / "results" / "x"
+    return {str(path.relative_to(results)): path.read_bytes() for path in sorted(results.rglob("*"))
+            if path.is_file() and "machine" not in path.relative_to(results).parts}
+
+
+def sessions(root: Path) -> int:
+    [path] = (root / "results" / "x" / "machine" / "runs").rglob("machine.json")
+    return json.loads(path.read_text())["sessions"]
+
+
+# --- interruption
+
+class Clock(SimpleNamespace):
+    """A clock on which every training step takes one second and nothing else takes time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def perf_counter(self) -> float:
+        self.now += 0.5
+        return self.now
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimiser": Optimiser(lr=1e-2, ema=0.9, weight_decay=0.1)},
+                                     IMAGES | {"optimiser": Optimiser(lr=1e-2, ema=0.9)}, BACKPROP],
+                         ids=["text", "text-ema", "images-ema", "backprop"])
+def test_a_run_out_of_time_goes_on_bit_identical(changes, corpus, tmp_path, monkeypatch):
+    run = config(**changes)
+    whole, pieces = (make_root(tmp_path / name, corpus) for name in ("whole", "pieces"))
+    Store("x", whole).run(run)
+    monkeypatch.setattr(training, "time", Clock())
+    for deadline in (1.5, 4.5):
+        with pytest.raises(OutOfTime, match=f"stopped at step {math.ceil(deadline)} of 6"):
+            Store("x", pieces).run(run, deadline)
+        assert outcome(pieces) == {} and Store("x", pieces).find(run) is None
+    Store("x", pieces).run(run)
+    assert sessions(pieces) == 3 and sessions(whole) == 1
+    assert outcome(pieces) == outcome(whole)
+    assert {Path(name).name for name in outcome(whole)} == {
+        "log.csv", "curve.csv", "metrics.json", "config.json", "provenance.json", "step-000002.safetensors",
+        "step-000006.safetensors"}
+    assert not list((pieces / "checkpoints").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_that_died_in_a_step_goes_on_from_its_checkpoint(ema, corpus, tmp_path, monkeypatch):
+    run = config(optimiser=Optimiser(lr=1e-2, ema=ema))
+    whole, broken = (make_root(tmp_path / name, corpus) for name in ("whole", "broken"))
+    Store("x", whole).run(run)
+    step = Trainer._step
+
+    def dies(trainer):
+        step(trainer)
+        if trainer.progress.step == 4:
+            raise MemoryError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+        patch.setattr(Trainer, "_step", dies)
+        with pytest.raises(MemoryError):
+            Store("x", broken).run(run)
+    [checkpoint] = (broken / "checkpoints").rglob("checkpoint.safetensors")
+    assert Trainer(run, checkpoint.parent, broken / "data").progress.step == 3
+    Store("x", broken).run(run)
+    assert outcome(broken) == outcome(whole)
+
+
+SCRIPT = """
+import sys
+import eplib.data, eplib.training
+eplib.training.CHECKPOINT_SECONDS = 0.0
+eplib.data.CORPORA["tinystories"] = eplib.data.{file!r}
+from pipelines import train
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[1:]))
+"""
+KILLED = """
+runs:
+  tiny:
+    - common: {data: {kind: Text, corpus: tinystories, validation: 0.02}, estimator: {kind: DyadicEP, steps: 4},
+               model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}, optimiser: {ema: 0.9}, steps: 150, batch: 4,
+               solver: {step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}], evaluation_batches: 1}
+      arms: {ep: }
+"""
+
+
+def test_a_killed_command_leaves_no_process_and_goes_on_bit_identical(corpus, tmp_path):
+    """SIGKILL to `pipelines.train` alone: its workers end with it, and the run goes on from the checkpoint."""
+    whole, killed = (make_root(tmp_path / name, corpus, KILLED) for name in ("whole", "killed"))
+    for package in ("eplib", "pipelines"):
+        shutil.copytree(REPOSITORY / package, killed / package, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("__pycache__", "profiles", "*.partial"))
+    (killed / "command.py").write_text(SCRIPT.format(file=eplib.data.CORPORA["tinystories"]))
+    command = subprocess.Popen([sys.executable, "command.py", "--profile", "x"], cwd=killed, start_new_session=True,
+                               env=os.environ | {"PYTHONPATH": str(killed)}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + 120
+        while not list((killed / "checkpoints").rglob("checkpoint.safetensors")):
+            assert command.poll() is None and time.monotonic() < until, command.communicate(timeout=10)[0]
+            time.sleep(0.005)
+        command.kill()
+        said, _ = command.communicate(timeout=20)  # ends when the last process that holds the output has ended
+    finally:
+        try:
+            os.killpg(command.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # as it should be: none is left
+    assert outcome(killed) == {}, said
+    stores = Store("x", killed), Store("x", whole)
+    [run], [_] = (store.runs("tiny") for store in stores)
+    assert sessions(killed) == 2 and run.config.steps == len(run.log["step"]) == 150
+    assert outcome(killed) == outcome(whole)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(root, tmp_path):
+    trainer = Trainer(config(), tmp_path, root / "data")
+    with pytest.raises(OutOfTime):
+        trainer.advance(deadline=-math.inf)
+    whole = trainer.checkpoint.read_bytes()
+    for content in (b"", whole[:100], whole[:-1], b"\xff" * 64):
+        trainer.checkpoint.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged .*remove it"):
+            Trainer(config(), tmp_path, root / "data")
+    trainer.checkpoint.write_bytes(whole)
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        Trainer(config(seed=1), tmp_path, root / "data")
+    save_file({"something": torch.zeros(2)}, trainer.checkpoint)
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        Trainer(config(), tmp_path, root / "data")
+
+
+def test_a_half_written_checkpoint_is_not_read(root, tmp_path, monkeypatch):
+    trainer = Trainer(config(), tmp_path / "folder", root / "data")
+    trainer._step()
+    trainer._save()
+    trainer._step()
+
+    def full(path, content):
+        path.open("wb").write(content[:50])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="no space"):
+            trainer._save()
+    (tmp_path / "folder" / ".checkpoint.safetensors.1.partial").write_bytes(b"half")  # what a kill leaves
+    assert Trainer(config(), tmp_path / "folder", root / "data").progress.step == 1
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
+        ".checkpoint.safetensors.1.partial", "checkpoint.safetensors"]
+
+
+# --- data order and initial weights
+
+@pytest.mark.parametrize("kind", [{}, IMAGES], ids=["text", "images"])
+def test_order_depends_on_the_seed_alone(kind, corpus):
+    width = replace(config(**kind).model, width=16)
+    first, other_arm, other_seed = (build_task(config(**kind | more), corpus) for more in (
+        {}, {"arm": "wide", "model": width, "estimator": estimators.BPTT(steps=2)}, {"seed": 1}))
+    batches = [[task.batch(step) for step in (0, 1, 11, 0)] for task in (first, other_arm, other_seed)]
+    for ours, same, different in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+        assert not torch.equal(ours[0], different[0])
+    assert torch.equal(batches[0][0][0], batches[0][3][0])
+    assert not torch.equal(batches[0][0][0], batches[0][1][0]) and not torch.equal(batches[0][1][0], batches[0][2][0])
+
+
+def test_an_epoch_shows_every_image_once(corpus):
+    task = build_task(config(**IMAGES), corpus)
+    for epoch in (0, 1):
+        seen = torch.cat([task.batch(10 * epoch + step)[0] for step in range(10)])
+        assert torch.equal(seen.flatten(1).sum(1).sort().values, task.train[0].flatten(1).sum(1).sort().values)
+    assert build_task(config(**IMAGES | {"data": Mnist(patch=14, limit=8)}), corpus).train[0].shape == (8, 4, 196)
+    for data, batch, message in ((Mnist(limit=41), 4, "limit 41 exceeds the 40"), (Mnist(limit=3), 4, "batch 4 exceeds the 3")):
+        with pytest.raises(ValueError, match=message):
+            build_task(config(**IMAGES | {"data": data, "batch": batch}), corpus)
+
+
+def test_patches_are_squares_of_the_normalised_image(corpus):
+    image = eplib.data.mnist(corpus).train_images[0]
+    patches = build_task(config(**IMAGES), corpus).train[0][0]
+    expected = (image[:14, 14:].astype(np.float32) / 255 - 0.1307) / 0.3081
+    assert np.allclose(patches[1].view(14, 14).numpy(), expected, atol=1e-6)
+
+
+def test_pixels_have_unit_variance_on_real_images(mnist_root):
+    count = np.bincount(REAL_MNIST(mnist_root).train_images.ravel(), minlength=256)
+    share, level = count / count.sum(), np.arange(256) / 255
+    mean = share @ level
+    assert mean == pytest.approx(0.1307, abs=1e-4)
+    assert math.sqrt(share @ (level - mean) ** 2) == pytest.approx(0.3081, abs=1e-4)
+
+
+def test_targets_are_the_next_tokens_and_the_split_is_by_position(corpus):
+    task = build_task(config(), corpus)
+    ids = torch.cat([task.train, task.held_out])
+    text = eplib.data.text("tinystories", "chars", corpus)
+    assert text.decode(ids) == preparing.corpus_text("tinystories", corpus)
+    assert len(task.train) == int(0.98 * len(ids))
+    inputs, targets = task.batch(3)
+    assert inputs.shape == targets.shape == (4, 8) and torch.equal(inputs[:, 1:], targets[:, :-1])
+    windows = task.train.unfold(0, 9, 1)
+    for row, last in zip(inputs, targets[:, -1:], strict=True):
+        assert (windows == torch.cat([row, last])).all(1).any()
+
+
+@pytest.mark.parametrize("kind", [{}, IMAGES], ids=["text", "images"])
+def test_both_blocks_start_from_equal_weights(kind, corpus):
+    thick = config(**kind)
+    flat = config(**kind | {"estimator": estimators.Backprop(), "penalties": (),
+                            "model": replace(thick.model, block=blocks.Feedforward(causal=not kind))})
+    task = build_task(thick, corpus)
+    ours, theirs, again, other = (dict(build_model(c, task).named_parameters())
+                                  for c in (thick, flat, thick, replace(thick, seed=1)))
+    theirs = {name.replace("stack.0", "layers"): value for name, value in theirs.items()}
+    assert list(theirs) == list(ours) and len(ours) >= 12
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+        assert torch.equal(ours[name], again[name]), name
+    assert not torch.equal(ours["readout.weight"], other["readout.weight"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"estimator": estimators.Backprop()}, "Feedforward goes with Backprop"),
+    ({"model": BACKPROP["model"]}, "Feedforward goes with Backprop"),
+    ({"data": Mnist()}, "block.causal must be true for Text"),
+    ({"keep": (2, 7)}, r"keep \(2, 7\) names a step after the last, 6"),
+])
+def test_parts_of_a_configuration_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+# --- the step
+
+def test_schedule_warms_up_stays_and_decays():
+    optimiser = Optimiser(lr=2.0, warmup=0.1, decay=0.2)
+    rates = [optimiser.rate(step, 100) for step in range(100)]
+    assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
+    assert set(rates[9:81]) == {2.0}
+    assert rates[80:] == pytest.approx([2.0 * (100 - step) / 20 for step in range(80, 100)]) and rates[99] == pytest.approx(0.1)
+    assert [Optimiser(lr=2.0, warmup=0.0, decay=0.0).rate(step, 3) for step in range(3)] == [2.0] * 3
+
+
+def applied(monkeypatch, trainer) -> list[dict[str, torch.Tensor | None]]:
+    """The gradients that every optimiser step of the trainer is given from now on."""
+    seen, step = [], trainer.optimiser.step
+
+    def record():
+        seen.append({name: None if p.grad is None else p.grad.clone() for name, p in trainer.model.named_parameters()})
+        step()
+
+    monkeypatch.setattr(trainer.optimiser, "step", record)
+    return seen
+
+
+def test_gradient_is_clipped_to_its_norm_and_its_direction_kept(root, tmp_path, monkeypatch):
+    given = {}
+    for clip in (0.01, 1e6):
+        trainer = Trainer(config(optimiser=Optimiser(lr=1e-2, clip=clip), penalties=()), tmp_path / str(clip), root / "data")
+        [given[clip]] = [seen := applied(monkeypatch, trainer)]
+        trainer._step()
+        [grads] = seen
+        given[clip] = torch.cat([g.flatten() for g in grads.values()])
+        logged = trainer.progress.rows[0]["gradient_norm"]
+    assert given[1e6].norm().item() == pytest.approx(logged, rel=1e-5) and logged > 0.02  # clipping did act on the other
+    assert given[0.01].norm().item() == pytest.approx(0.01, rel=1e-4)
+    assert torch.allclose(given[0.01] / 0.01, given[1e6] / logged, atol=1e-5)
+
+
+def test_loss_and_penalty_gradients_are_added(root, tmp_path, monkeypatch):
+    run = config(optimiser=Optimiser(clip=1e6))
+    trainer = Trainer(run, tmp_path, root / "data")
+    report = training.gradient(trainer.model, *trainer.task.batch(0), estimator=run.estimator, solver=run.solver,
+                               penalties=run.penalties)
+    assert report.penalty_grads and set(report.penalty_grads) < set(report.grads)
+    seen = applied(monkeypatch, trainer)
+    trainer._step()
+    for name, value in seen[0].items():
+        assert torch.allclose(value, report.grads[name] + report.penalty_grads.get(name, 0), rtol=1e-4, atol=1e-7), name
+
+
+def test_the_average_follows_the_weights(root, tmp_path):
+    trainer = Trainer(config(optimiser=Optimiser(lr=1e-2, ema=0.25)), tmp_path, root / "data")
+    expected = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    for step in range(4):
+        trainer._step()
+        decay = min(0.25, (1 + step) / (10 + step))
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in trainer.model.named_parameters()}
+    for name, value in trainer.average.named_parameters():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+        assert not torch.allclose(value, dict(trainer.model.named_parameters())[name], atol=1e-6), name
+    plain = Trainer(config(), tmp_path / "plain", root / "data")
+    assert plain.average is plain.model
+
+
+def test_a_gated_step_applies_the_penalties_alone(root, tmp_path):
+    trainer = Trainer(config(gate=1e-12, optimiser=Optimiser(weight_decay=0.1)), tmp_path, root / "data")
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    progress = trainer.advance()
+    assert [row["gated"] for row in progress.rows] == [1] * 6 and not any(row["skipped"] for row in progress.rows)
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("block.")}
+    free = Trainer(config(gate=1e9), tmp_path / "free", root / "data")
+    assert not any(row["gated"] for row in free.advance().rows)
+
+
+def test_a_step_without_any_gradient_is_skipped_and_counted(root, tmp_path):
+    run = config(gate=1e-12, penalties=(), keep=())
+    trainer = Trainer(run, tmp_path, root / "data")
+    before = [value.clone() for value in trainer.model.parameters()]
+    trainer.advance()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    metrics = Store("x", root).run(run).metrics
+    assert metrics["gated"] == metrics["skipped"] == 6
+
+
+# --- log, metrics, evaluation
+
+def test_the_log_has_every_promised_column_and_the_three_rates_apart(root):
+    run = Store("x", root).run(config())
+    assert set(run.log) >= {"step", "loss", "free_residual_median", "free_residual_max", "nudged_residual_median",
+                            "nudged_residual_max", "iterations_mean", "iterations_max", "rate_probe", "rate_tail", "penalty",
+                            "gated", "gradient_norm", "displacement", "lr", "force_evaluations", "status"}
+    assert "seconds" not in run.log  # kept with the machine's facts
+    assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.curve["step"].tolist() == [2, 4, 6]
+    optimiser = run.config.optimiser
+    assert run.log["lr"] == pytest.approx([optimiser.rate(step, 6) for step in range(6)])
+    assert np.isfinite(run.log["loss"]).all() and (run.log["free_residual_median"] <= run.log["free_residual_max"]).all()
+    for rates in (run.log["rate_tail"], run.log["rate_probe"], run.curve["rate_arnoldi"]):
+        assert ((rates > 0) & (rates < 2)).all()
+    assert not np.allclose(run.log["rate_tail"], run.log["rate_probe"])
+    assert not np.allclose(run.log["rate_probe"][1::2], run.curve["rate_arnoldi"])
+    timing = next((root / "results" / "x" / "machine").rglob("timing.csv")).read_text().splitlines()
+    assert timing[0] == "step,seconds" and len(timing) == 7
+    assert run.metrics["force_evaluations"] == run.log["force_evaluations"].sum()
+    assert run.metrics["best_loss"] == pytest.approx(run.curve["loss"].min(), rel=1e-8)
+    assert run.metrics["rate_arnoldi"] == pytest.approx(run.curve["rate_arnoldi"][-1], rel=1e-8)
+    flat = Store("x", root).run(config(**BACKPROP))
+    assert "rate_arnoldi" not in flat.curve and flat.metrics["rate_arnoldi"] is None and "converged" not in flat.metrics
+
+
+def test_excursions_are_steps_above_a_tenth_and_not_finite_ones(root, tmp_path):
+    trainer = Trainer(config(), tmp_path, root / "data")
+    progress = trainer.advance()
+    for row, residual in zip(progress.rows, (0.05, 0.1, 0.11, math.nan, math.inf, 1e-3), strict=True):
+        row["free_residual_max"] = residual
+    metrics = summarise(trainer, progress)
+    assert metrics["excursions"] == 3 and metrics["first_excursion"] == 3
+    progress.rows = progress.rows[:2]
+    metrics = summarise(trainer, progress)
+    assert metrics["excursions"] == 0 and metrics["first_excursion"] is None
+
+
+@pytest.mark.parametrize("kind", [{}, IMAGES], ids=["text", "images"])
+def test_evaluation_covers_the_whole_split(kind, corpus):
+    run = config(**kind)
+    task = build_task(run, corpus)
+    model = build_model(run, task)
+    if kind:
+        assert sum(len(targets) for _, targets in task.validation()) == 24
+        inputs, targets = task.test
+    else:  # consecutive windows: every token but the first and the rest of a window is a target once
+        targets = torch.cat([targets for _, targets in task.validation()])
+        inputs = torch.cat([inputs for inputs, _ in task.validation()])
+        assert 0 <= len(task.held_out) - 1 - targets.numel() < 8 and len(targets) > 32
+        assert torch.equal(targets.flatten(), task.held_out[1:targets.numel() + 1])
+        assert torch.equal(inputs.flatten(), task.held_out[:targets.numel()])
+    found = evaluate(model, task, run.solver)
+    state = model.settle(inputs, run.solver).value
+    assert found["loss"] == pytest.approx(model.loss(state, targets).mean().item(), rel=1e-5)
+    right = (model.logits(state).argmax(-1) == targets).double().mean().item()
+    assert found["accuracy"] == pytest.approx(100 * right)
+    if not kind:
+        assert evaluate(model, task, run.solver, 1)["loss"] == pytest.approx(
+            model.loss(state[:32], targets[:32]).mean().item(), rel=1e-5)
+
+
+# --- generation
+
+def test_generation_is_deterministic_keeps_the_prompt_and_outgrows_the_context(root):
+    run = Store("x", root).run(config())
+    model = run.model(root=root / "data")
+    text = eplib.data.text("tinystories", "chars", root / "data")
+    prompt = torch.tensor(text.encode("ALL'S"))
+    draw = [model.generate(prompt, 20, run.config.solver, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert draw[0].shape == (25,) and torch.equal(draw[0][:5], prompt)
+    assert text.decode(draw[0]).startswith("ALL'S")
+    for temperature in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature}"):
+            model.generate(prompt, 1, run.config.solver, temperature)
+    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+        model.clamp(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_a_cold_sample_takes_the_likeliest_token(root, tmp_path):
+    trainer = Trainer(config(), tmp_path, root / "data")
+    trainer.advance()
+    model, solver = trainer.model, trainer.config.solver
+    ids = torch.arange(11)
+    drawn = model.generate(ids, 1, solver, temperature=1e-6)
+    state = model.settle(ids[None, -8:], solver).value
+    assert drawn[-1] == model.logits(state)[0, -1].argmax()
+
+
+def test_a_checkpoint_holds_the_evaluated_weights(root, tmp_path):
+    run = config(optimiser=Optimiser(lr=1e-2, ema=0.9))
+    trainer = Trainer(run, tmp_path, root / "data")
+    trainer.advance()
+    kept = load_file(trainer.weights(6))
+    for name, value in trainer.average.state_dict().items():
+        assert torch.equal(kept[name], value), name
+    assert not torch.equal(kept["readout.weight"], trainer.model.readout.weight)
+    assert not torch.equal(kept["readout.weight"], load_file(trainer.weights(2))["readout.weight"])
