@@ -47,9 +47,9 @@ def _without_comments(path: Path) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) \
                 and isinstance(body[0].value.value, str):
-            alone = lines[body[0].lineno - 1].lstrip()[:1] in "\"'" and lines[body[0].end_lineno - 1].rstrip()[-1:] in "\"'"
-            if alone:  # a line that holds code as well stays whole
-                lines[body[0].lineno - 1:body[0].end_lineno] = [""] * (body[0].end_lineno - body[0].lineno + 1)
+            first, last = body[0].lineno - 1, body[0].end_lineno - 1
+            if not (lines[first].encode()[:body[0].col_offset] + lines[last].encode()[body[0].end_col_offset:]).strip():
+                lines[first:last + 1] = [""] * (last + 1 - first)  # but a line that holds code as well stays
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         row, column = token.start
         if token.type == tokenize.COMMENT and lines[row - 1][column:column + 1] == "#":
