@@ -17,7 +17,7 @@ import re
 import shutil
 import tokenize
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -57,6 +57,7 @@ def _without_comments(path: Path) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
+@cache  # a process computes with the source it has loaded, and a store asks for every run
 def source_digest() -> str:
     """Digest of the library source that a run's numbers depend on; comments and docstrings do not count."""
     folder = Path(__file__).parent
