@@ -4,14 +4,15 @@ import itertools
 import math
 import statistics
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .estimators import BPTT, Estimator, gradient
+from .estimators import BPTT, Adjoint, AsymEP, Estimator, Problem, gradient
 from .models import EquilibriumModel
 from .solvers import Relaxation
 
@@ -52,6 +53,16 @@ def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
         scale = (g.norm() * r.norm()).clamp_min(torch.finfo(torch.float64).tiny)
         found[group] = Agreement((g @ r / scale).item(), (g.norm() / r.norm()).item(), ((g - r).norm() / r.norm()).item())
     return found
+
+
+def without_readout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of {parameter name: tensor} that the adjoint state enters: all but the final normalisation and the readout."""
+    return {name: value for name, value in tensors.items() if name.split(".")[0] not in ("norm", "readout")}
+
+
+def log_slope(x: list[float], y: list[float]) -> float:
+    """Exponent p of y = c x^p by least squares in the logarithms; needs two different x, all above zero."""
+    return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
 
 
 def dense_jacobian(model: EquilibriumModel, x: Tensor, z: Tensor) -> Tensor:
@@ -105,6 +116,66 @@ def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]],
             "ratio": mean(math.nan if a is None or b is None else (a.norm() / b.norm()).item() for a, b, _ in pairs),
             "self_cosine": mean(cosine(p[0], q[0]) for p, q in itertools.pairwise(pairs)),
             "self_cosine_bptt": mean(cosine(p[1], q[1]) for p, q in itertools.pairwise(pairs))}
+
+
+@dataclass(frozen=True)
+class NonReciprocity:
+    """How far J is from symmetric: S = (J + J^T) / 2, A = (J - J^T) / 2.
+
+    abscissa: largest real part of the eigenvalues of J; below 0 small deviations die out in the end. numerical_abscissa: largest
+    eigenvalue of S; above 0 some grow first. asymmetry: ||A|| / ||S|| (Frobenius). rho: spectral radius of S^-1 A.
+    """
+
+    abscissa: float
+    numerical_abscissa: float
+    asymmetry: float
+    rho: float
+
+
+def non_reciprocity(jacobian: Tensor) -> NonReciprocity:
+    """Measures a dense Jacobian (n, n)."""
+    s, a = (jacobian + jacobian.mT) / 2, (jacobian - jacobian.mT) / 2
+    return NonReciprocity(torch.linalg.eigvals(jacobian).real.max().item(), torch.linalg.eigvalsh(s)[-1].item(),
+                          (a.norm() / s.norm()).item(), torch.linalg.eigvals(torch.linalg.solve(s, a)).abs().max().item())
+
+
+@dataclass(frozen=True)
+class ShuffledNudge:
+    """Negative control: `estimator` with a nudged phase that is taught targets from half a batch away."""
+
+    estimator: Any
+
+    @property
+    def steps(self) -> int:
+        return self.estimator.steps
+
+    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
+        targets = problem.targets
+        wrong = targets.flatten().roll(targets.numel() // 2).view_as(targets)
+        return self.estimator.adjoint(replace(problem, targets=wrong), solver)
+
+
+class _Swapped:
+    """A linearisation with J and J^T exchanged."""
+
+    def __init__(self, jacobian: Any):
+        self.product, self.transposed = jacobian.transposed, jacobian.product
+
+
+class _SwappedProblem(Problem):
+    def linearise(self, z: Tensor) -> _Swapped:
+        return _Swapped(super().linearise(z))
+
+
+@dataclass(frozen=True)
+class FlippedCorrection:
+    """Negative control: AsymEP whose correction has the wrong sign, +(J - J^T)(z - z*)."""
+
+    beta: float = 0.2
+    steps: int = 20
+
+    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
+        return AsymEP(beta=self.beta, steps=self.steps).adjoint(_SwappedProblem(**vars(problem)), solver)
 
 
 class LiveBytes(TorchDispatchMode):
