@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +26,18 @@ from eplib.controllers import ContractionRate
 from eplib.data import RawFile
 from eplib.records import Store, summarise
 from eplib.solvers import Relaxation
-from eplib.training import (Architecture, Mnist, Optimiser, OutOfTime, RunConfig, Text, Trainer, build_model, build_task,
-                            evaluate)
+from eplib.training import (Architecture, Mnist, Optimiser, OutOfTime, RunConfig, Text, Trainer, build_model,
+                            build_task, evaluate)
 from pipelines import data as preparing
 
 REAL_MNIST = eplib.data.mnist
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = {"experiment": "tiny", "arm": "ep", "data": Text(corpus="tinystories", validation=0.02),
-        "model": Architecture(width=8, heads=2, context=8, block=blocks.Thick()), "estimator": estimators.DyadicEP(steps=4),
-        "solver": Relaxation(step=0.8, max_steps=6, tol=1e-3), "penalties": (ContractionRate(target=0.2),),
-        "optimiser": Optimiser(lr=1e-2), "steps": 6, "batch": 4, "evaluate_every": 2, "evaluation_batches": 1, "keep": (2,)}
+        "model": Architecture(width=8, heads=2, context=8, block=blocks.Thick()),
+        "estimator": estimators.DyadicEP(steps=4), "solver": Relaxation(step=0.8, max_steps=6, tol=1e-3),
+        "penalties": (ContractionRate(target=0.2),),
+        "optimiser": Optimiser(lr=1e-2), "steps": 6, "batch": 4, "evaluate_every": 2, "evaluation_batches": 1,
+        "keep": (2,)}
 IMAGES = {"data": Mnist(patch=14), "model": Architecture(width=8, heads=2, block=blocks.Thick(causal=False))}
 BACKPROP = {"arm": "backprop", "model": Architecture(width=8, heads=2, context=8, block=blocks.Feedforward()),
             "estimator": estimators.Backprop(), "penalties": ()}
@@ -46,8 +49,8 @@ def config(**changes) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A data folder in which 20,000 characters of the plays stand in for TinyStories, made by the real data stage, and 40
-    random images for MNIST."""
+    """A data folder in which 20,000 characters of the plays, prepared by the real data stage, stand in for TinyStories,
+    and 40 random images for MNIST."""
     root = tmp_path_factory.mktemp("data")
     content = preparing.corpus_text("plays", root)[:20_000].encode()
     file = RawFile("excerpt.txt", len(content), hashlib.sha256(content).hexdigest())
@@ -161,8 +164,8 @@ KILLED = """
 runs:
   tiny:
     - common: {data: {kind: Text, corpus: tinystories, validation: 0.02}, estimator: {kind: DyadicEP, steps: 4},
-               model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}, optimiser: {ema: 0.9}, steps: 150, batch: 4,
-               solver: {step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}], evaluation_batches: 1}
+               model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}, optimiser: {ema: 0.9}, steps: 150,
+               batch: 4, solver: {step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}], evaluation_batches: 1}
       arms: {ep: }
 """
 
@@ -174,8 +177,9 @@ def test_a_killed_command_leaves_no_process_and_goes_on_bit_identical(corpus, tm
         shutil.copytree(REPOSITORY / package, killed / package, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("__pycache__", "profiles", "*.partial"))
     (killed / "command.py").write_text(SCRIPT.format(file=eplib.data.CORPORA["tinystories"]))
+    scratch = tempfile.TemporaryDirectory()  # for what killed processes leave; tmp_path is too long for a socket
     command = subprocess.Popen([sys.executable, "command.py", "--profile", "x"], cwd=killed, start_new_session=True,
-                               env=os.environ | {"PYTHONPATH": str(killed)}, text=True,
+                               env=os.environ | {"PYTHONPATH": str(killed), "TMPDIR": scratch.name}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         until = time.monotonic() + 120
@@ -189,6 +193,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on_bit_identical(corpus, tm
             os.killpg(command.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # as it should be: none is left
+        scratch.cleanup()
     assert outcome(killed) == {}, said
     stores = Store("x", killed), Store("x", whole)
     [run], [_] = (store.runs("tiny") for store in stores)
@@ -254,9 +259,9 @@ def test_an_epoch_shows_every_image_once(corpus):
         seen = torch.cat([task.batch(10 * epoch + step)[0] for step in range(10)])
         assert torch.equal(seen.flatten(1).sum(1).sort().values, task.train[0].flatten(1).sum(1).sort().values)
     assert build_task(config(**IMAGES | {"data": Mnist(patch=14, limit=8)}), corpus).train[0].shape == (8, 4, 196)
-    for data, batch, message in ((Mnist(limit=41), 4, "limit 41 exceeds the 40"), (Mnist(limit=3), 4, "batch 4 exceeds the 3")):
+    for limit, message in ((41, "limit 41 exceeds the 40"), (3, "batch 4 exceeds the 3")):
         with pytest.raises(ValueError, match=message):
-            build_task(config(**IMAGES | {"data": data, "batch": batch}), corpus)
+            build_task(config(**IMAGES | {"data": Mnist(limit=limit)}), corpus)
 
 
 def test_patches_are_squares_of_the_normalised_image(corpus):
@@ -321,7 +326,8 @@ def test_schedule_warms_up_stays_and_decays():
     rates = [optimiser.rate(step, 100) for step in range(100)]
     assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
     assert set(rates[9:81]) == {2.0}
-    assert rates[80:] == pytest.approx([2.0 * (100 - step) / 20 for step in range(80, 100)]) and rates[99] == pytest.approx(0.1)
+    assert rates[80:] == pytest.approx([2.0 * (100 - step) / 20 for step in range(80, 100)])
+    assert rates[99] == pytest.approx(0.1)
     assert [Optimiser(lr=2.0, warmup=0.0, decay=0.0).rate(step, 3) for step in range(3)] == [2.0] * 3
 
 
@@ -340,13 +346,14 @@ def applied(monkeypatch, trainer) -> list[dict[str, torch.Tensor | None]]:
 def test_gradient_is_clipped_to_its_norm_and_its_direction_kept(root, tmp_path, monkeypatch):
     given = {}
     for clip in (0.01, 1e6):
-        trainer = Trainer(config(optimiser=Optimiser(lr=1e-2, clip=clip), penalties=()), tmp_path / str(clip), root / "data")
-        [given[clip]] = [seen := applied(monkeypatch, trainer)]
+        run = config(optimiser=Optimiser(lr=1e-2, clip=clip), penalties=())
+        trainer = Trainer(run, tmp_path / str(clip), root / "data")
+        seen = applied(monkeypatch, trainer)
         trainer._step()
         [grads] = seen
         given[clip] = torch.cat([g.flatten() for g in grads.values()])
         logged = trainer.progress.rows[0]["gradient_norm"]
-    assert given[1e6].norm().item() == pytest.approx(logged, rel=1e-5) and logged > 0.02  # clipping did act on the other
+    assert given[1e6].norm().item() == pytest.approx(logged, rel=1e-5) and logged > 0.02  # so the other was clipped
     assert given[0.01].norm().item() == pytest.approx(0.01, rel=1e-4)
     assert torch.allclose(given[0.01] / 0.01, given[1e6] / logged, atol=1e-5)
 
@@ -369,7 +376,8 @@ def test_the_average_follows_the_weights(root, tmp_path):
     for step in range(4):
         trainer._step()
         decay = min(0.25, (1 + step) / (10 + step))
-        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in trainer.model.named_parameters()}
+        expected = {name: decay * expected[name] + (1 - decay) * value
+                    for name, value in trainer.model.named_parameters()}
     for name, value in trainer.average.named_parameters():
         assert torch.allclose(value, expected[name], atol=1e-6), name
         assert not torch.allclose(value, dict(trainer.model.named_parameters())[name], atol=1e-6), name
@@ -403,13 +411,14 @@ def test_a_step_without_any_gradient_is_skipped_and_counted(root, tmp_path):
 def test_the_log_has_every_promised_column_and_the_three_rates_apart(root):
     run = Store("x", root).run(config())
     assert set(run.log) >= {"step", "loss", "free_residual_median", "free_residual_max", "nudged_residual_median",
-                            "nudged_residual_max", "iterations_mean", "iterations_max", "rate_probe", "rate_tail", "penalty",
-                            "gated", "gradient_norm", "displacement", "lr", "force_evaluations", "status"}
+                            "nudged_residual_max", "iterations_mean", "iterations_max", "rate_probe", "rate_tail",
+                            "penalty", "gated", "gradient_norm", "displacement", "lr", "force_evaluations", "status"}
     assert "seconds" not in run.log  # kept with the machine's facts
     assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.curve["step"].tolist() == [2, 4, 6]
     optimiser = run.config.optimiser
     assert run.log["lr"] == pytest.approx([optimiser.rate(step, 6) for step in range(6)])
-    assert np.isfinite(run.log["loss"]).all() and (run.log["free_residual_median"] <= run.log["free_residual_max"]).all()
+    assert np.isfinite(run.log["loss"]).all()
+    assert (run.log["free_residual_median"] <= run.log["free_residual_max"]).all()
     for rates in (run.log["rate_tail"], run.log["rate_probe"], run.curve["rate_arnoldi"]):
         assert ((rates > 0) & (rates < 2)).all()
     assert not np.allclose(run.log["rate_tail"], run.log["rate_probe"])
@@ -466,7 +475,8 @@ def test_generation_is_deterministic_keeps_the_prompt_and_outgrows_the_context(r
     model = run.model(root=root / "data")
     text = eplib.data.text("tinystories", "chars", root / "data")
     prompt = torch.tensor(text.encode("ALL'S"))
-    draw = [model.generate(prompt, 20, run.config.solver, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    draw = [model.generate(prompt, 20, run.config.solver, generator=torch.Generator().manual_seed(seed))
+            for seed in (1, 1, 2)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     assert draw[0].shape == (25,) and torch.equal(draw[0][:5], prompt)
     assert text.decode(draw[0]).startswith("ALL'S")
