@@ -11,6 +11,8 @@ PYTHON ?=
 # Stages started by DVC find the environment's python, jupyter and dvc first; nothing from outside leaks in.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
+# Without bytecode every process compiles torch's Python anew: seconds, times a process a stage.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The stamp's name holds the lock, the package's metadata and this folder, so that a change of any of them installs
 # again and a second call does not. It is written last: an interrupted install leaves none and starts afresh. The

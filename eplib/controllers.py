@@ -25,9 +25,7 @@ class Outcome:
 
 @configuration
 class ContractionRate:
-    """Penalty strength * mean_b (||(I + step J) v_b|| / ||v_b|| - target)^2 on a leading-mode probe v.
-
-    The mean is over the samples above the target, so that one unstable sample weighs the same in a batch of any size.
+    """Penalty strength * mean_b relu(||(I + step J) v_b|| / ||v_b|| - target)^2 on a leading-mode probe v.
 
     The relaxation that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first order,
     for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products` products
@@ -39,7 +37,7 @@ class ContractionRate:
 
     kind: Literal["ContractionRate"] = "ContractionRate"
     target: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    strength: Annotated[float, Field(ge=0)] = 100.0
+    strength: Annotated[float, Field(ge=0)] = 200.0
     products: Annotated[int, Field(ge=0)] = 2
 
     def __call__(self, model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, state: dict) -> Outcome:
@@ -56,7 +54,7 @@ class ContractionRate:
             above = excess > 0
         share = above.double().mean().item()
         measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(),
-                    "penalty": self.strength * (excess.square().sum() / above.sum().clamp_min(1)).item()}
+                    "penalty": self.strength * excess.square().mean().item()}
         # a force, the linearisation and the products; then, for the samples above the target, both once more with a backward pass
         cost = math.ceil(self.products + 3 + 6 * share)
         if not above.any():
@@ -64,7 +62,7 @@ class ContractionRate:
         with torch.enable_grad():
             v = probe[above]
             moved = v + step * model.block.linearise(z[above], x[above]).product(v)
-            total = self.strength * (norm(moved) / norm(v).clamp_min(tiny) - self.target).clamp_min(0).square().mean()
+            total = self.strength * (norm(moved) / norm(v).clamp_min(tiny) - self.target).square().sum() / len(above)
             parameters = dict(model.block.named_parameters())
             grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
         return Outcome({f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, measured, {}, cost)
