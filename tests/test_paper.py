@@ -19,12 +19,12 @@ ROOT = common.ROOT
 FIGURES = {
     "gradients": ["F1"],
     "mnist": ["F4", "F5"],
-    "shakespeare": ["F8"],
+    "shakespeare": ["F8", "F8b"],
     "campaign": ["F10", "X1"],
     "cost": ["F15"],
     "machine": ["F16"],
 }
-TABLES = {"gradients": ["T1"], "mnist": ["T2"], "shakespeare": ["T4"], "campaign": ["X1"], "cost": ["T8"]}
+TABLES = {"gradients": ["T1"], "mnist": ["T2"], "shakespeare": ["T4"], "campaign": ["T6", "X1"], "cost": ["T8", "T8_times"]}
 
 
 @pytest.fixture
