@@ -297,3 +297,13 @@ def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
     assert "cells.-1.source" in str(status())
     with pytest.raises(PipelineError, match="pipelines.stages --write"):  # the first command of the stage
         stages.check_notebook("toy", "quick", tree)
+
+
+def test_the_lock_keeps_every_cell_as_it_is():
+    """DVC's YAML writer breaks some long lines beside a backslash; such a cell would look changed for ever. Wrap the line."""
+    from dvc.utils.serialize import dumps_yaml
+
+    for path in sorted((common.ROOT / "notebooks").glob("*.ipynb")):
+        for index, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+            nested = {"stages": {"s": {"params": {"file": {f"cells.{index}.source": cell["source"]}}}}}
+            assert yaml.safe_load(dumps_yaml(nested)) == nested, f"{path.name}, cell {index}: wrap its formulas"
