@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "__version__"]
 
 _LAZY = {"gradient": "estimators"}
-_MODULES = ("blocks", "controllers", "data", "diagnostics", "estimators", "models", "plotting", "records", "solvers",
+_MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics", "estimators", "horizons", "models", "plotting", "records", "solvers",
             "spectra", "training")
 
 

@@ -3,177 +3,55 @@
 A block is configured by a frozen dataclass whose `build(width, heads, context)` gives the module. A module knows nothing of
 learning; it offers
 
+    drive(x) -> x             what clamps the dynamics, from the embedded input; the identity unless there is a backbone
     start(x) -> z             initial state
     forward(z, x) -> F        the force, same shape as z
     output(z) -> h            (..., T, C), read out by the model
-    linearise(z, x)           the Jacobian J = dF/dz at z as two products, J v and J^T u
+    linearise(z, x)           the Jacobian J = dF/dz at z: J v, J^T u, and the gradient of <u, F> in weights and x
 
-States are (..., T, C): any number of leading dimensions, so that two trajectories run as one batch.
+States are (..., T, C), or (..., L, T, C) for a stack of L layers: any number of leading dimensions, so that several trajectories
+run as one batch.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor, nn
 
+from .calculus import EPS, AutomaticSlope, ParallelSlope, SequentialSlope, ShapeError, Sublayers, attention_weights, gelu, \
+    merge_heads, split_heads, standardise, standardise_slope
 from .config import configuration
 
-EPS = 1e-5  # of the normalisations, as torch.nn.LayerNorm has it
-GELU_SCALE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # tanh-GELU (Hendrycks & Gimpel 2016)
+GELU_STEEPEST = 1.129  # largest slope of tanh-GELU, 1.12897 near h = 1.42
 
 
-class ShapeError(ValueError):
-    """A block that cannot be built: the message names the sizes and the rule they break."""
+class Dynamical(nn.Module):
+    """A block that relaxes from its clamped input: what the equilibrium blocks share."""
 
+    explicit = False  # whether the start state is the answer
+    holomorphic = False  # whether the force takes complex states
 
-def _gelu_gate(h: Tensor) -> Tensor:
-    """s(h) of tanh-GELU(h) = h s(h), written as a logistic function."""
-    return (h * h).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul(h).sigmoid_()
+    def drive(self, x: Tensor) -> Tensor:
+        return x
 
+    def start(self, x: Tensor) -> Tensor:
+        return x
 
-def _gelu(h: Tensor) -> Tensor:
-    """tanh-GELU. Without a graph the logistic form runs in one buffer: half the time of the library's tanh on a CPU."""
-    if torch.is_grad_enabled():
-        return functional.gelu(h, approximate="tanh")
-    return (h * h).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul_(h).sigmoid_().mul_(h)
+    def output(self, z: Tensor) -> Tensor:
+        return z
 
-
-def _gelu_slope(h: Tensor) -> Tensor:
-    """Derivative of tanh-GELU, elementwise."""
-    gate = _gelu_gate(h)
-    return gate + gate * (1 - gate) * h * (GELU_SCALE + 3 * GELU_SCALE * GELU_CUBIC * h * h)
-
-
-def _standardise(z: Tensor) -> tuple[Tensor, Tensor]:
-    """n = (z - mean) / sigma over the last dimension, and 1 / sigma (..., 1)."""
-    centred = z - z.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS)
-    return centred * inverse, inverse
-
-
-def _standardise_slope(v: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
-    """dn along v. The map v -> dn is symmetric, so this is its transpose as well."""
-    return inverse * (v - v.mean(-1, keepdim=True) - n * (n * v).mean(-1, keepdim=True))
-
-
-def _unit_rms(q: Tensor) -> tuple[Tensor, Tensor]:
-    """q / rms(q) over the last dimension, and 1 / rms (..., 1)."""
-    inverse = torch.rsqrt(q.square().mean(-1, keepdim=True) + EPS)
-    return q * inverse, inverse
-
-
-def _unit_rms_slope(v: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
-    """Derivative of q / rms(q) along v; symmetric like `_standardise_slope`."""
-    return inverse * (v - n * (n * v).mean(-1, keepdim=True))
-
-
-class Sublayers(nn.Module):
-    """Weights of one pre-LN transformer block: LayerNorm, causal or full multi-head attention, tanh-GELU network.
-
-    Shared by the equilibrium block and by the ordinary transformer, so that the two have the same parameters.
-    The output weights of both branches start at `init` times the usual 1/sqrt(fan-in), well inside the contractive region.
-    """
-
-    def __init__(self, width: int, heads: int, expansion: int, causal: bool, qk_norm: bool, init: float):
-        super().__init__()
-        if width % heads:
-            raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-        self.width, self.heads, self.causal, self.qk_norm = width, heads, causal, qk_norm
-        self.ln1, self.ln2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
-        self.w1 = nn.Linear(width, expansion * width, bias=False)
-        self.w2 = nn.Linear(expansion * width, width, bias=False)
-        for layer, scale in ((self.qkv, 1.0), (self.wo, init), (self.w1, 1.0), (self.w2, init)):
-            nn.init.normal_(layer.weight, std=scale / math.sqrt(layer.in_features))
-
-    def _split(self, a: Tensor) -> Tensor:
-        return a.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., T, C) -> (..., H, T, D)
-
-    @staticmethod
-    def _merge(a: Tensor) -> Tensor:
-        return a.transpose(-3, -2).flatten(-2)  # (..., H, T, D) -> (..., T, C)
-
-    def attention(self, a: Tensor) -> Tensor:
-        """Multi-head self-attention of the normalised input (..., T, C)."""
-        q, k, v = (self._split(part) for part in self.qkv(a).chunk(3, -1))
-        if self.qk_norm:
-            q, k = _unit_rms(q)[0], _unit_rms(k)[0]
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.wo(self._merge(mixed))
-
-    def network(self, a: Tensor) -> Tensor:
-        """Position-wise network of the normalised input (..., T, C)."""
-        return self.w2(_gelu(self.w1(a)))
-
-    def linearise(self, z: Tensor) -> "Linearised":
-        return Linearised(self, z)
-
-
-class Linearised:
-    """Derivative of z -> Attn(LN z) + FFN(LN z) at a state, with everything that does not depend on the direction cached.
-
-    Written by hand: each product costs about one force evaluation and keeps no graph. Under `torch.enable_grad` the products
-    are differentiable in the weights, which is how a penalty on J v gets its gradient from a single backward pass.
-    Products accept directions (..., T, C) that broadcast against the state.
-    """
-
-    def __init__(self, layers: Sublayers, z: Tensor):
-        self.layers = layers
-        self.n, self.inverse = _standardise(z)
-        a1 = self.n * layers.ln1.weight + layers.ln1.bias
-        a2 = self.n * layers.ln2.weight + layers.ln2.bias
-        q, k, self.v = (layers._split(part) for part in layers.qkv(a1).chunk(3, -1))  # (..., H, T, D)
-        self.q_inverse = self.k_inverse = None
-        if layers.qk_norm:
-            (q, self.q_inverse), (k, self.k_inverse) = _unit_rms(q), _unit_rms(k)
-        self.q, self.k = q, k
-        self.scale = 1 / math.sqrt(q.shape[-1])
-        scores = q @ k.mT * self.scale  # (..., H, T, T)
-        if layers.causal:
-            length = z.shape[-2]
-            future = torch.ones(length, length, dtype=torch.bool, device=z.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        self.weights = scores.softmax(-1)
-        self.slope = _gelu_slope(layers.w1(a2))  # (..., T, expansion C)
-
-    def _softmax_slope(self, s: Tensor) -> Tensor:
-        """Derivative of the row-wise softmax along s; symmetric."""
-        weighted = self.weights * s
-        return weighted - self.weights * weighted.sum(-1, keepdim=True)
-
-    def product(self, v: Tensor) -> Tensor:
-        """J v, the directional derivative, for v of shape (..., T, C)."""
-        layers = self.layers
-        dn = _standardise_slope(v, self.n, self.inverse)
-        dq, dk, dv = (layers._split(part) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
-        if layers.qk_norm:
-            dq, dk = _unit_rms_slope(dq, self.q, self.q_inverse), _unit_rms_slope(dk, self.k, self.k_inverse)
-        dw = self._softmax_slope((dq @ self.k.mT + self.q @ dk.mT) * self.scale)  # (..., H, T, T)
-        mixed = dw @ self.v + self.weights @ dv
-        return layers.wo(layers._merge(mixed)) + layers.w2(layers.w1(dn * layers.ln2.weight) * self.slope)
-
-    def transposed(self, u: Tensor) -> Tensor:
-        """J^T u for u of shape (..., T, C)."""
-        layers = self.layers
-        do = layers._split(u @ layers.wo.weight)  # (..., H, T, D)
-        ds = self._softmax_slope(do @ self.v.mT) * self.scale  # (..., H, T, T)
-        dq, dk, dv = ds @ self.k, ds.mT @ self.q, self.weights.mT @ do
-        if layers.qk_norm:
-            dq, dk = _unit_rms_slope(dq, self.q, self.q_inverse), _unit_rms_slope(dk, self.k, self.k_inverse)
-        d1 = torch.cat([layers._merge(part) for part in (dq, dk, dv)], -1) @ layers.qkv.weight
-        d2 = ((u @ layers.w2.weight) * self.slope) @ layers.w1.weight
-        return _standardise_slope(d1 * layers.ln1.weight + d2 * layers.ln2.weight, self.n, self.inverse)
+    def linearise(self, z: Tensor, x: Tensor) -> Any:
+        return AutomaticSlope(self, z, x)
 
 
 class Jacobian:
-    """J = dF/dz of a block at a state, as two products: `product(v)` is J v, `transposed(u)` is J^T u."""
+    """J = dF/dz of `EquilibriumBlock` at a state, by hand."""
 
-    def __init__(self, inner: Linearised, decay: float):
-        self.inner, self.decay = inner, decay
+    def __init__(self, layers: Sublayers, z: Tensor, decay: float):
+        self.inner, self.decay = ParallelSlope(layers, z), decay
 
     def product(self, v: Tensor) -> Tensor:
         return self.inner.product(v) - self.decay * v
@@ -181,32 +59,77 @@ class Jacobian:
     def transposed(self, u: Tensor) -> Tensor:
         return self.inner.transposed(u) - self.decay * u
 
+    def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return {f"layers.{name}": value for name, value in self.inner.contract(u).items()}, u
 
-class EquilibriumBlock(nn.Module):
+
+class EquilibriumBlock(Dynamical):
     """F(z) = -(z - x) + Attn(LN z) + FFN(LN z) - c z: the transformer block of which the state is a fixed point."""
 
-    explicit = False
+    holomorphic = True
 
     def __init__(self, layers: Sublayers, damping: float):
         super().__init__()
         self.layers, self.damping = layers, damping
 
-    def start(self, x: Tensor) -> Tensor:
-        return x
-
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        layers = self.layers
-        return x - (1 + self.damping) * z + layers.attention(layers.ln1(z)) + layers.network(layers.ln2(z))
-
-    def output(self, z: Tensor) -> Tensor:
-        return z
+        return x - (1 + self.damping) * z + self.layers.parallel(z)
 
     def linearise(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(self.layers.linearise(z), 1 + self.damping)
+        return Jacobian(self.layers, z, 1 + self.damping)
 
 
-class FeedforwardBlock(nn.Module):
-    """A stack of ordinary pre-LN transformer blocks: the backprop baseline of the same shape.
+class StackJacobian:
+    """J of `LayeredBlock`: -1 on the diagonal, each layer's derivative below it."""
+
+    def __init__(self, stack: nn.ModuleList, inputs: Tensor):
+        self.layers = [SequentialSlope(layers, z) for layers, z in zip(stack, inputs.unbind(-3), strict=True)]
+
+    def product(self, v: Tensor) -> Tensor:
+        moved = [torch.zeros_like(v[..., 0, :, :])]
+        moved += [layer.product(below) for layer, below in zip(self.layers[1:], v.unbind(-3)[:-1], strict=True)]
+        return torch.stack(moved, -3) - v
+
+    def transposed(self, u: Tensor) -> Tensor:
+        moved = [layer.transposed(above) for layer, above in zip(self.layers[1:], u.unbind(-3)[1:], strict=True)]
+        return torch.stack([*moved, torch.zeros_like(u[..., 0, :, :])], -3) - u
+
+    def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        each = zip(self.layers, u.unbind(-3), strict=True)
+        grads = {f"stack.{i}.{name}": value for i, (layer, part) in enumerate(each) for name, value in layer.contract(part).items()}
+        return grads, self.layers[0].transposed(u[..., 0, :, :])
+
+
+class LayeredBlock(Dynamical):
+    """An L-layer pre-LN transformer as one equilibrium state z = (z_1 .. z_L), F_l = layer_l(z_{l-1}) - z_l with z_0 = x.
+
+    J is block lower-triangular with -1 on the diagonal, so all its eigenvalues are -1: at step 1 the free phase is exact after L
+    sweeps and the adjoint after L more, and the corrected gradient is backpropagation's, layer by layer.
+    """
+
+    def __init__(self, stack: list[Sublayers]):
+        super().__init__()
+        self.stack = nn.ModuleList(stack)
+
+    def start(self, x: Tensor) -> Tensor:
+        return torch.stack([x] * len(self.stack), -3)  # (..., T, C) -> (..., L, T, C)
+
+    def _inputs(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([x.unsqueeze(-3).expand_as(z[..., :1, :, :]), z[..., :-1, :, :]], -3)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        inputs = self._inputs(z, x).unbind(-3)
+        return torch.stack([layers.sequential(below) for layers, below in zip(self.stack, inputs, strict=True)], -3) - z
+
+    def output(self, z: Tensor) -> Tensor:
+        return z[..., -1, :, :]
+
+    def linearise(self, z: Tensor, x: Tensor) -> StackJacobian:
+        return StackJacobian(self.stack, self._inputs(z, x))
+
+
+class FeedforwardBlock(Dynamical):
+    """A stack of ordinary pre-LN transformer blocks: the backprop baseline of the same shape, with the weights of `LayeredBlock`.
 
     Its start state is its answer, F(z) = stack(x) - z is zero there, so every solver converges at once.
     """
@@ -219,15 +142,164 @@ class FeedforwardBlock(nn.Module):
 
     def start(self, x: Tensor) -> Tensor:
         for layers in self.stack:
-            x = x + layers.attention(layers.ln1(x))
-            x = x + layers.network(layers.ln2(x))
+            x = layers.sequential(x)
         return x
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return self.start(x) - z
 
-    def output(self, z: Tensor) -> Tensor:
-        return z
+
+class AttractorBlock(EquilibriumBlock):
+    """A feedforward backbone proposes h; the equilibrium block, clamped to h, refines it to its fixed point (004, Attractor Models).
+
+    Relaxation starts from the proposal, so `solvers.FixedHorizon(steps=0)` evaluates the network with the solver removed.
+    """
+
+    def __init__(self, backbone: list[Sublayers], layers: Sublayers, damping: float):
+        super().__init__(layers, damping)
+        self.backbone = FeedforwardBlock(backbone)
+
+    def drive(self, x: Tensor) -> Tensor:
+        return self.backbone.start(x)
+
+
+class Memory(nn.Module):
+    """Modern-Hopfield memory, energy -|relu(W n)|^2 / 2 (002): its force W^T relu(W n) is a network with tied weights."""
+
+    def __init__(self, width: int, expansion: int, init: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(expansion * width, width) * math.sqrt(init / (expansion * width)))
+
+    def energy(self, n: Tensor) -> Tensor:
+        return -functional.linear(n, self.weight).relu().square().sum((-2, -1)) / 2  # (..., T, C) -> (...)
+
+    def forward(self, n: Tensor) -> Tensor:
+        return functional.linear(n, self.weight).relu() @ self.weight
+
+
+class ThinBlock(Dynamical):
+    """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (002, "thin")."""
+
+    def __init__(self, width: int, heads: int, expansion: int, causal: bool, init: float, damping: float):
+        super().__init__()
+        self.heads, self.causal, self.damping = heads, causal, damping
+        self.qkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.qkv.weight, std=1 / math.sqrt(width))
+        nn.init.normal_(self.wo.weight, std=init / math.sqrt(width))
+        self.memory = Memory(width, expansion, init)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        n, inverse = standardise(z)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(n).chunk(3, -1))
+        attention = self.wo(merge_heads(attention_weights(q, k, self.causal) @ v))
+        return x - (1 + self.damping) * z + attention + standardise_slope(self.memory(n), n, inverse)
+
+
+class EnergyBlock(Dynamical):
+    """F = -dE/dz of E(z) = |z - x|^2 / 2 + c |z|^2 / 2 + E_attention(LN z) + E_memory(LN z) (002, the energy route of CET).
+
+    Softmax attention is the log-sum-exp energy -sqrt(D) sum_t log sum_s exp(q_t k_s / sqrt(D)), whose force ties the value to the key;
+    linear attention is -sum_st (f_s f_t)^2 / (4 D T) with features f = elu(W n) + 1. A symmetric J cannot be causal unless it is
+    diagonal in the tokens (J_ts = 0 for s > t, so J_st = 0 too): a causal block therefore takes its keys from the clamped input.
+    """
+
+    def __init__(self, width: int, heads: int, expansion: int, causal: bool, linear: bool, init: float, damping: float):
+        super().__init__()
+        self.heads, self.causal, self.linear, self.damping = heads, causal, linear, damping
+        self.wq, self.wk = (nn.Linear(width, width, bias=False) for _ in range(2))
+        for layer in (self.wq, self.wk):
+            nn.init.normal_(layer.weight, std=math.sqrt(init / width))
+        if linear:
+            self.wk = None
+        self.memory = Memory(width, expansion, init)
+
+    def energy(self, z: Tensor, x: Tensor) -> Tensor:
+        """E of each sample, (..., T, C) -> (...)."""
+        n = standardise(z)[0]
+        if self.linear:
+            f = functional.elu(split_heads(self.wq(n), self.heads)) + 1
+            attention = -(f @ f.mT).square().sum((-3, -2, -1)) / (4 * f.shape[-1] * f.shape[-2])
+        else:
+            q, k = split_heads(self.wq(n), self.heads), split_heads(self.wk(standardise(x)[0] if self.causal else n), self.heads)
+            root = math.sqrt(q.shape[-1])
+            scores = q @ k.mT / root
+            if self.causal:
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+            attention = -root * scores.logsumexp(-1).sum((-2, -1))
+        spring = (z - x).square().sum((-2, -1)) / 2 + self.damping * z.square().sum((-2, -1)) / 2
+        return spring + attention + self.memory.energy(n)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        n, inverse = standardise(z)
+        h = split_heads(self.wq(n), self.heads)  # (..., H, T, D)
+        if self.linear:
+            f = functional.elu(h) + 1
+            slope = functional.elu(h).clamp(max=0) + 1
+            pull = merge_heads(slope * (f @ (f.mT @ f)) / (f.shape[-1] * f.shape[-2])) @ self.wq.weight
+        else:
+            k = split_heads(self.wk(standardise(x)[0] if self.causal else n), self.heads)
+            weights = attention_weights(h, k, self.causal)
+            pull = merge_heads(weights @ k) @ self.wq.weight
+            if not self.causal:  # the keys feel the queries as well
+                pull = pull + merge_heads(weights.mT @ h) @ self.wk.weight
+        return x - (1 + self.damping) * z + standardise_slope(pull + self.memory(n), n, inverse)
+
+
+class LinearAttentionBlock(Dynamical):
+    """F with the attention f(q) (f(k)^T v) / (f(q) sum f(k)), f = elu + 1 (Katharopoulos 2020), not causal: the MNIST reference (001)."""
+
+    def __init__(self, layers: Sublayers, damping: float):
+        super().__init__()
+        self.layers, self.damping = layers, damping
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        layers = self.layers
+        q, k, v = (split_heads(part, layers.heads) for part in layers.qkv(layers.ln1(z)).chunk(3, -1))
+        q, k = functional.elu(q) + 1, functional.elu(k) + 1
+        mixed = q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))  # (..., H, T, D)
+        return x - (1 + self.damping) * z + layers.wo(merge_heads(mixed)) + layers.network(z)
+
+
+class MonotoneBlock(Dynamical):
+    """F(z) = -(z - x) + k/2 P(x) z V + k/2 W2 gelu(W1 z + b), contracting by construction (in the spirit of Winston & Kolter 2020).
+
+    P(x) are attention weights of the clamped input; V, and W2 W1 times the steepest slope of gelu, are scaled to spectral norm <= 1.
+    In the norm max_t |z_t| a row-stochastic P does not expand, so the last two terms have Lipschitz constant k < 1: every
+    eigenvalue of J lies within k of -1, whatever the weights, and relaxation at step s <= 1 contracts by 1 - s (1 - k).
+    """
+
+    def __init__(self, width: int, heads: int, expansion: int, causal: bool, bound: float):
+        super().__init__()
+        self.heads, self.causal, self.bound = heads, causal, bound
+        self.qk, self.value = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.w1, self.w2 = nn.Linear(width, expansion * width), nn.Linear(expansion * width, width, bias=False)
+        for layer in (self.qk, self.value, self.w1, self.w2):
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        q, k = (split_heads(part, self.heads) for part in self.qk(standardise(x)[0]).chunk(2, -1))
+        # one P for all of V z, the mean over the heads: with one P a head, the heads' parts could come from different tokens
+        weights = attention_weights(q, k, self.causal).mean(-3)
+        mixed = weights @ functional.linear(z, _at_most(self.value.weight, 1.0))
+        w1, w2 = _at_most(self.w1.weight, 1.0), _at_most(self.w2.weight, 1 / GELU_STEEPEST)
+        return x - z + self.bound / 2 * (mixed + functional.linear(gelu(functional.linear(z, w1, self.w1.bias)), w2))
+
+
+def _at_most(weight: Tensor, largest: float) -> Tensor:
+    """The weight, scaled down where a bound on its spectral norm exceeds `largest`.
+
+    With G = W^T W (n, n): |W|^16 = |G^8| <= |G^8|_Frobenius, at most n^(1/32) too large, for three small products.
+    """
+    gram = weight.mT @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.mT
+    size = gram.norm()
+    power = torch.linalg.matrix_power(gram / size, 8)
+    bound = (size * power.norm() ** (1 / 8)).sqrt()
+    return weight * (largest / bound.clamp_min(largest))
+
+
+Damping = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0)]
 
 
 @configuration
@@ -239,33 +311,134 @@ class Thick:
     """
 
     kind: Literal["Thick"] = "Thick"
-    damping: Annotated[float, Field(ge=0)] = 0.0
+    damping: Damping = 0.0
     causal: bool = True
     qk_norm: bool = False
-    expansion: Annotated[int, Field(ge=1)] = 4
-    init: Annotated[float, Field(gt=0)] = 0.1
+    expansion: Positive = 4
+    init: Scale = 0.1
 
     def build(self, width: int, heads: int, context: int) -> EquilibriumBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
-        layers = Sublayers(width, heads, self.expansion, self.causal, self.qk_norm, self.init)
-        return EquilibriumBlock(layers, self.damping)
+        return EquilibriumBlock(Sublayers(width, heads, self.expansion, self.causal, self.qk_norm, self.init), self.damping)
 
 
 @configuration
-class Feedforward:
+class _Stack:
+    layers: Positive = 1
+    causal: bool = True
+    qk_norm: bool = False
+    expansion: Positive = 4
+    init: Scale = 0.1
+
+    def _sublayers(self, width: int, heads: int, count: int) -> list[Sublayers]:
+        return [Sublayers(width, heads, self.expansion, self.causal, self.qk_norm, self.init) for _ in range(count)]
+
+
+@configuration
+class Feedforward(_Stack):
     """Ordinary pre-LN transformer (Vaswani 2017, pre-LN form) with the parameters of `Thick` in each of its layers."""
 
     kind: Literal["Feedforward"] = "Feedforward"
-    layers: Annotated[int, Field(ge=1)] = 1
-    causal: bool = True
-    qk_norm: bool = False
-    expansion: Annotated[int, Field(ge=1)] = 4
-    init: Annotated[float, Field(gt=0)] = 0.1
 
     def build(self, width: int, heads: int, context: int) -> FeedforwardBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
-        return FeedforwardBlock([Sublayers(width, heads, self.expansion, self.causal, self.qk_norm, self.init)
-                                 for _ in range(self.layers)])
+        return FeedforwardBlock(self._sublayers(width, heads, self.layers))
 
 
-Block = Annotated[Thick | Feedforward, Field(discriminator="kind")]
+@configuration
+class Layered(_Stack):
+    """The same transformer, weight for weight, as one equilibrium state (..., layers, T, width)."""
+
+    kind: Literal["Layered"] = "Layered"
+
+    def build(self, width: int, heads: int, context: int) -> LayeredBlock:
+        """The module for states (..., layers, T <= context, width). Raises `ShapeError` if heads do not divide the width."""
+        return LayeredBlock(self._sublayers(width, heads, self.layers))
+
+
+@configuration
+class Attractor(_Stack):
+    """Feedforward backbone of `layers` layers, and a `Thick` head that refines its output to a fixed point (004)."""
+
+    kind: Literal["Attractor"] = "Attractor"
+    damping: Damping = 0.0
+
+    def build(self, width: int, heads: int, context: int) -> AttractorBlock:
+        """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
+        *backbone, head = self._sublayers(width, heads, self.layers + 1)
+        return AttractorBlock(backbone, head, self.damping)
+
+
+@configuration
+class Thin:
+    """Raw attention force with a modern-Hopfield memory, which needs its damping (002, "thin")."""
+
+    kind: Literal["Thin"] = "Thin"
+    damping: Damping = 1.0
+    causal: bool = True
+    expansion: Positive = 4
+    init: Scale = 0.1
+
+    def build(self, width: int, heads: int, context: int) -> ThinBlock:
+        """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
+        return ThinBlock(width, _dividing(width, heads), self.expansion, self.causal, self.init, self.damping)
+
+
+@configuration
+class Energy:
+    """Gradient dynamics: log-sum-exp attention with tied value, confinement and memory (002, CET)."""
+
+    kind: Literal["Energy"] = "Energy"
+    damping: Damping = 0.0
+    causal: bool = True
+    expansion: Positive = 4
+    init: Scale = 0.1
+
+    def build(self, width: int, heads: int, context: int) -> EnergyBlock:
+        """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
+        return EnergyBlock(width, _dividing(width, heads), self.expansion, self.causal, False, self.init, self.damping)
+
+
+@configuration
+class LinearAttention:
+    """The MNIST reference (001): linear attention over all tokens; symmetric: derived from an energy, else with free weights.
+
+    The symmetric form settles only near its initial weights: from init 0.1 relaxation ends in a cycle.
+    """
+
+    kind: Literal["LinearAttention"] = "LinearAttention"
+    symmetric: bool = False
+    damping: Damping = 0.0
+    causal: Literal[False] = False
+    expansion: Positive = 4
+    init: Scale = 0.03
+
+    def build(self, width: int, heads: int, context: int) -> LinearAttentionBlock | EnergyBlock:
+        """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
+        if self.symmetric:
+            return EnergyBlock(width, _dividing(width, heads), self.expansion, False, True, self.init, self.damping)
+        return LinearAttentionBlock(Sublayers(width, heads, self.expansion, False, False, self.init), self.damping)
+
+
+@configuration
+class Monotone:
+    """Contraction by construction: eigenvalues of J within `bound` of -1."""
+
+    kind: Literal["Monotone"] = "Monotone"
+    bound: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    causal: bool = True
+    expansion: Positive = 4
+
+    def build(self, width: int, heads: int, context: int) -> MonotoneBlock:
+        """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
+        return MonotoneBlock(width, _dividing(width, heads), self.expansion, self.causal, self.bound)
+
+
+def _dividing(width: int, heads: int) -> int:
+    if width % heads:
+        raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
+    return heads
+
+
+Equilibrium = Thick | Layered | Attractor | Thin | Energy | LinearAttention | Monotone
+Block = Annotated[Equilibrium | Feedforward, Field(discriminator="kind")]

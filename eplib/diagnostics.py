@@ -4,17 +4,18 @@ import itertools
 import math
 import statistics
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .blocks import Dynamical
 from .estimators import BPTT, Adjoint, AsymEP, Estimator, Problem, gradient
 from .models import EquilibriumModel
-from .solvers import Relaxation
+from .solvers import Solver
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
 
@@ -24,12 +25,12 @@ def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name, value in tensors.items():
         leaf = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
-        if leaf == "qkv":
-            for group, rows in zip(("Wq", "Wk", "Wv"), value.chunk(3), strict=True):
+        if leaf in ("qkv", "qk"):
+            for group, rows in zip(("Wq", "Wk", "Wv"), value.chunk(len(leaf)), strict=False):
                 parts.setdefault(group, []).append(rows.flatten())
         else:
-            group = {"wo": "Wo", "w1": "W1", "w2": "W2", "ln1": "LN", "ln2": "LN", "position": "embeddings",
-                     "embedding": "embeddings", "norm": "readout", "readout": "readout"}[leaf]
+            group = {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1", "ln1": "LN", "ln2": "LN",
+                     "position": "embeddings", "embedding": "embeddings", "norm": "readout", "readout": "readout"}[leaf]
             parts.setdefault(group, []).append(value.flatten())
     return {group: torch.cat(parts[group]) for group in GROUPS if group in parts}
 
@@ -92,7 +93,7 @@ def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z
 
 
 def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]], estimator: Estimator, horizons: tuple[int, int],
-                  solver: Relaxation, nudged: Relaxation) -> dict[str, float]:
+                  solver: Solver, nudged: Solver) -> dict[str, float]:
     """Gradient triangulation (002): an estimator against BPTT at two horizons, and each against itself on another batch.
 
     batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at the
@@ -116,6 +117,41 @@ def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]],
             "ratio": mean(math.nan if a is None or b is None else (a.norm() / b.norm()).item() for a, b, _ in pairs),
             "self_cosine": mean(cosine(p[0], q[0]) for p, q in itertools.pairwise(pairs)),
             "self_cosine_bptt": mean(cosine(p[1], q[1]) for p, q in itertools.pairwise(pairs))}
+
+
+class LinearBlock(Dynamical):
+    """F(z) = A z + x, states (..., n)."""
+
+    def __init__(self, matrix: Tensor):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return z @ self.matrix.mT + x
+
+
+class LinearSystem(nn.Module):
+    """x = B inputs, F = A z + x, loss = |z - target|^2 / 2: a model of which every gradient is known in closed form."""
+
+    settle = EquilibriumModel.settle
+
+    def __init__(self, matrix: Tensor, inflow: Tensor):
+        """matrix A (n, n), its eigenvalues left of zero; inflow B (n, m)."""
+        super().__init__()
+        self.block, self.inflow = LinearBlock(matrix), nn.Parameter(inflow)
+
+    def clamp(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.inflow.mT
+
+    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        return (h - targets).square().sum(-1) / 2
+
+    def closed_form(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The gradient of the mean loss: with a = -A^-T (z* - target), a z*^T in A and a inputs^T in B."""
+        a, b = self.block.matrix.detach(), self.inflow.detach()
+        z = -torch.linalg.solve(a, (inputs @ b.mT).mT).mT
+        adjoint = -torch.linalg.solve(a.mT, (z - targets).mT).mT
+        return {"block.matrix": adjoint.mT @ z / len(z), "inflow": adjoint.mT @ inputs / len(z)}
 
 
 @dataclass(frozen=True)
@@ -149,17 +185,17 @@ class ShuffledNudge:
     def steps(self) -> int:
         return self.estimator.steps
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         targets = problem.targets
         wrong = targets.flatten().roll(targets.numel() // 2).view_as(targets)
         return self.estimator.adjoint(replace(problem, targets=wrong), solver)
 
 
 class _Swapped:
-    """A linearisation with J and J^T exchanged."""
+    """A linearisation with J and J^T exchanged; the read-out's contraction stays."""
 
     def __init__(self, jacobian: Any):
-        self.product, self.transposed = jacobian.transposed, jacobian.product
+        self.product, self.transposed, self.contract = jacobian.transposed, jacobian.product, jacobian.contract
 
 
 class _SwappedProblem(Problem):
@@ -174,8 +210,9 @@ class FlippedCorrection:
     beta: float = 0.2
     steps: int = 20
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
-        return AsymEP(beta=self.beta, steps=self.steps).adjoint(_SwappedProblem(**vars(problem)), solver)
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        swapped = _SwappedProblem(**{part.name: getattr(problem, part.name) for part in fields(problem)})
+        return AsymEP(beta=self.beta, steps=self.steps).adjoint(swapped, solver)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -5,14 +5,18 @@ adjoint state a = -J^-T g the loss gradient is
 
     dL/dtheta = mean_b [ d/dtheta <a_b, F(z*_b; theta)> + dl_b/dtheta ]      (implicit function theorem)
 
-The estimators differ only in how they find a. The two-trajectory ones relax z_+ under F - beta g and z_- under F + beta g and
-take a = (z_- - z_+) / (2 beta), whose bias is O(beta^2) (Laborieux et al. 2021). For J != J^T the contrast of the plain
-field gives J^-1 instead of J^-T; the correction -(J - J^T)(z - z*) repairs it (Scurria et al. 2026). All are matrix-free, and
-none stores a graph in a relaxation except BPTT, which is there to be compared with.
+The estimators differ only in how they find a. The contrasting ones relax states z_k under F - beta_k g and combine them into
+a = -dz/dbeta at beta = 0: two points +-beta leave a bias O(beta^2) (Laborieux et al. 2021), N points on a complex circle of radius
+r one of O(r^N) (Laborieux & Zenke 2022). For J != J^T the plain field gives J^-1 instead of J^-T; the correction
+-(J - J^T)(z - z*) repairs it (Scurria et al. 2026). All are matrix-free, and none stores a graph in a relaxation except BPTT and
+the forward mode, which are there to be compared with.
 """
 
+import math
+
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,54 +24,78 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import configuration
+from .horizons import BPTT, Backprop, ForwardMode, Steps, finite_horizon, named_gradient
 from .models import EquilibriumModel
-from .solvers import Relaxation, Solution, Status, norm, relative_force
+from .solvers import Solution, Solver, Status, norm
 
 Beta = Annotated[float, Field(gt=0)]
-Steps = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch at its free equilibrium: what an estimator may look at. x and state are (B, ...) without a graph."""
+    """One batch at its free equilibrium: what an estimator may look at. x (B, ...) and state (B, ...) without a graph.
+
+    carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace.
+    """
 
     model: EquilibriumModel
     inputs: Tensor
     targets: Tensor
     x: Tensor
     state: Tensor
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
     def force(self, z: Tensor) -> Tensor:
         """F(z) for states (B, ...) or for several per sample, (B, K, ...)."""
-        return self.model.block(z, self._lift(self.x, z))
+        return self.model.block(z, self._lift(z))
 
     def loss_slope(self, z: Tensor) -> Tensor:
-        """g = d l_b / d z_b, same shape as z; several states per sample (B, K, ...) share the sample's targets."""
-        many = z.dim() - self.state.dim()
+        """g = d l_b / d z_b, same shape as z; several states per sample (B, K, ...) share the sample's targets.
+
+        For complex z the derivative of the loss's holomorphic extension.
+        """
+        many = z.dim() > self.state.dim()
         targets = self.targets.repeat_interleave(z.shape[1], 0) if many else self.targets
         with torch.enable_grad():
             flat = (z.flatten(0, 1) if many else z).detach().requires_grad_()
-            total = self.model.loss(self.model.block.output(flat), targets).sum()
-            slope, = torch.autograd.grad(total, flat)
-        return slope.view_as(z)
+            losses = self.model.loss(self.model.block.output(flat), targets)
+            slope, = torch.autograd.grad(losses, flat, torch.ones_like(losses))
+        return slope.conj().resolve_conj().view_as(z)  # torch gives the conjugate of a holomorphic function's derivative
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """g at the free state."""
+        return self.loss_slope(self.state)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """||g|| of each sample at the free state, in which residuals of a nudged phase are counted: (B,)."""
+        return norm(self.slope).clamp_min(torch.finfo(self.state.dtype).tiny)
 
     def linearise(self, z: Tensor) -> Any:
         """J at z, kept without a graph."""
         with torch.no_grad():
-            return self.model.block.linearise(z, self._lift(self.x, z))
+            return self.model.block.linearise(z, self._lift(z))
 
-    def _lift(self, a: Tensor, z: Tensor) -> Tensor:
-        return a.unsqueeze(1).expand(z.shape) if z.dim() > a.dim() else a
+    @cached_property
+    def jacobian(self) -> Any:
+        """J at the free state."""
+        return self.linearise(self.state)
+
+    def _lift(self, z: Tensor) -> Tensor:
+        return self.x.unsqueeze(1) if z.dim() > self.state.dim() else self.x
 
 
 @dataclass(frozen=True)
 class Adjoint:
-    """a (B, ...) = -J^-T g as an estimator found it, the phase it came from, and the displacement ||z_beta - z*|| / ||z*||."""
+    """a (B, ...) = -J^-T g as an estimator found it, the phase it came from, the largest displacement ||z_beta - z*|| / ||z*||
+    of each sample (B,), the cost in force evaluations, and what else was measured."""
 
     value: Tensor
-    phase: Solution
+    phase: Solution | None
     displacement: Tensor | None
     evaluations: int
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,9 +103,10 @@ class Report:
     """What `gradient` returns.
 
     loss: mean loss at the free state, in nats. grads: {parameter name: tensor}, the gradient of the mean loss, or None if a
-    phase diverged. free, nudged: Solutions (nudged is None for the backpropagating estimators; its residual is relative to
-    the nudge). penalty_grads: gradient of the penalties, apart. measured: named scalars, `force_evaluations` among them (a
-    product with J or J^T counts as one). state: what must be handed to the next call.
+    phase diverged. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative to
+    the nudge). penalty_grads: gradient of the penalties, apart. measured: named scalars: `force_evaluations` (a product with J or
+    J^T counts as one), `displacement`, `asymmetry` ||J a - J^T a|| / ||J a||, and what the penalties saw. state: what must be
+    handed to the next call.
     """
 
     loss: float
@@ -95,28 +124,61 @@ class Report:
         return max(phases, key=list(Status).index)
 
 
-def _contrast(problem: Problem, beta: float, solver: Relaxation, correction: Callable[[Tensor], Tensor] | None,
-              cost: int) -> Adjoint:
-    """Relaxes z_+ and z_- as one batch (B, 2, ...) under F -+ beta g - correction and contrasts them.
+def _lanes(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B, K) as factors of states (B, K, ...)."""
+    return values.view(*values.shape, *(1,) * (like.dim() - 1))
 
-    The residual is that of the contrast, relative to the nudge: ||(F_+ - F_-) / 2|| / (beta ||g(z*)||). The free phase's own
-    residual moves both trajectories alike and drops out of it.
+
+def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
+              cost: int) -> tuple[Adjoint, Tensor]:
+    """Relaxes z_k under F - beta_k g - correction, all as one batch (B, K, ...), and contrasts them: a = -Re sum_k w_k (z_k - z*).
+
+    nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
+    ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's own
+    residual, which moves all trajectories alike, drops out. Returns the final states as well.
     """
-    sign = problem.state.new_tensor([1.0, -1.0]).view((1, 2) + (1,) * (problem.state.dim() - 1))
-    scale = beta * norm(problem.loss_slope(problem.state)).clamp_min(torch.finfo(problem.state.dtype).tiny)
+    centre = problem.state.unsqueeze(1)  # (B, 1, ...)
+    nudges, weights = _lanes(nudges, problem.state), _lanes(weights, problem.state)
 
-    def force(pair: Tensor) -> Tensor:
-        push = problem.force(pair) - sign * (beta * problem.loss_slope(pair))
-        return push if correction is None else push - correction(pair)
+    def force(states: Tensor) -> Tensor:
+        push = problem.force(states) - nudges * problem.loss_slope(states)
+        return push if correction is None else push - correction(states)
 
-    def contrast_residual(push: Tensor, _: Tensor) -> Tensor:
-        return norm(push[:, 0] - push[:, 1]) / (2 * scale)
+    def combine(states: Tensor) -> Tensor:
+        total = (weights * states).sum(1)
+        return total.real if total.is_complex() else total
 
-    start = problem.state.unsqueeze(1).repeat_interleave(2, 1)  # (B, 2, ...)
-    phase = solver.solve(force, start, contrast_residual)
-    plus, minus = phase.value.unbind(1)
-    displacement = norm(plus - problem.state) / norm(problem.state)
-    return Adjoint((minus - plus) / (2 * beta), phase, displacement, phase.evaluations * cost)
+    start = centre.repeat_interleave(nudges.shape[1], 1).to(nudges.dtype)
+    phase = solver.solve(force, start, lambda push, _: norm(combine(push)) / problem.scale)
+    away = phase.value - centre
+    displacement = torch.stack([norm(one) for one in away.unbind(1)]).amax(0) / norm(problem.state)
+    return Adjoint(-combine(away), phase, displacement, phase.evaluations * cost), phase.value
+
+
+Nudging = Literal["symmetric", "one-sided", "random-sign"]
+
+
+def _points(problem: Problem, beta: float, nudging: Nudging) -> tuple[Tensor, Tensor]:
+    """Nudges and weights of a real contrast: +-beta, +beta against the free state, or a random sign for each sample
+    (Laborieux et al. 2021), whose first-order biases cancel in the mean."""
+    if nudging == "symmetric":
+        nudges = problem.state.new_tensor([[beta, -beta]])
+        return nudges, 1 / (2 * nudges)
+    nudges = problem.state.new_full((problem.state.shape[0], 1), beta)
+    if nudging == "random-sign":
+        drawn = problem.carried.get("sign_draws", torch.zeros(1, dtype=torch.long))
+        problem.carried["sign_draws"] = drawn + 1
+        signs = torch.randint(2, (len(nudges), 1), generator=torch.Generator().manual_seed(int(drawn)))
+        nudges = nudges * (2 * signs - 1).to(nudges)
+    return nudges, 1 / nudges
+
+
+def _asymmetric(jacobian: Any, away: Tensor) -> Tensor:
+    """(J - J^T) applied to states (B, K, ...), to real and imaginary parts apart."""
+    if away.is_complex():
+        both = _asymmetric(jacobian, torch.cat([away.real, away.imag], 1))
+        return torch.complex(*both.chunk(2, 1))
+    return jacobian.product(away) - jacobian.transposed(away)
 
 
 @configuration
@@ -126,9 +188,11 @@ class VectorField:
     kind: Literal["VectorField"] = "VectorField"
     beta: Beta = 0.2
     steps: Steps = 20
+    nudging: Nudging = "symmetric"
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
-        return _contrast(problem, self.beta, solver, None, cost=2)
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        points = _points(problem, self.beta, self.nudging)
+        return _contrast(problem, *points, solver, None, cost=points[0].shape[1])[0]
 
 
 @configuration
@@ -138,37 +202,72 @@ class AsymEP:
     kind: Literal["AsymEP"] = "AsymEP"
     beta: Beta = 0.2
     steps: Steps = 20
+    nudging: Nudging = "symmetric"
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
-        centre = problem.state.unsqueeze(1)  # (B, 1, ...)
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        points, centre = _points(problem, self.beta, self.nudging), problem.state.unsqueeze(1)
         jacobian = problem.linearise(centre)
+        return _contrast(problem, *points, solver, lambda states: _asymmetric(jacobian, states - centre),
+                         cost=3 * points[0].shape[1])[0]
 
-        def correction(pair: Tensor) -> Tensor:
-            away = pair - centre
-            return jacobian.product(away) - jacobian.transposed(away)
 
-        return _contrast(problem, self.beta, solver, correction, cost=6)
+@configuration
+class HolomorphicEP:
+    """Corrected EP on `points` nudges r e^(2 pi i k / N): a = -Re (1 / N r) sum_k e^(-2 pi i k / N) (z_k - z*), the Cauchy
+    integral for dz/dbeta, biased by O(r^N) (Laborieux & Zenke 2022; with the correction 002, section "Holomorphic EP").
+
+    z at the conjugate nudge is the conjugate of z, so the lower half of the circle is not computed. Within the radius of
+    convergence the mean of the z_k is z*: `measured["aliasing"]` is its distance relative to the displacement, and
+    `measured["imaginary_leakage"]` the imaginary part of the states at the two real nudges, which is zero in exact arithmetic.
+    N = 2 is symmetric nudging. Raises TypeError for a block without a complex extension.
+    """
+
+    kind: Literal["HolomorphicEP"] = "HolomorphicEP"
+    beta: Beta = 0.2
+    points: Annotated[int, Field(ge=2, multiple_of=2)] = 4
+    steps: Steps = 20
+
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        if not problem.model.block.holomorphic:
+            raise TypeError(f"{type(problem.model.block).__name__} has no complex extension; use blocks.Thick, or a real nudging")
+        half = self.points // 2
+        centre = problem.state.unsqueeze(1)
+        jacobian = problem.linearise(centre)
+        turns = torch.arange(half + 1, dtype=torch.float64) / self.points  # upper half: 0, 1/N, .. 1/2
+        circle = torch.polar(torch.ones_like(turns), 2 * math.pi * turns)
+        circle[0], circle[half] = 1, -1  # exactly real, so that their states stay so
+        double = torch.where((turns == 0) | (turns == 0.5), 1, 2).to(torch.float64)  # a conjugate pair counts twice, in its real part
+        dtype = torch.promote_types(problem.state.dtype, torch.complex32)
+        nudges, weights = ((value[None]).to(problem.state.device, dtype) for value in (
+            self.beta * circle, double * circle.conj() / (self.points * self.beta)))
+        found, states = _contrast(problem, nudges, weights, solver, lambda z: _asymmetric(jacobian, z - centre), cost=6 * (half + 1))
+        moved = torch.stack([norm(one) for one in (states - centre).unbind(1)]).amax(0).clamp_min(torch.finfo(dtype).tiny)
+        mean = (_lanes(double.to(problem.state)[None], problem.state) * states.real).sum(1) / self.points
+        leak = norm(torch.cat([states[:, 0].imag, states[:, half].imag], 1))
+        measured = {"aliasing": (norm(mean - problem.state) / moved).max().item(), "imaginary_leakage": (leak / moved).max().item()}
+        return Adjoint(found.value, found.phase, found.displacement, found.evaluations, measured)
 
 
 @configuration
 class Tracking:
     """Corrected EP re-linearised at the moving common mode m = (z_+ + z_-) / 2, both trajectories in lockstep (002).
 
-    The correction is odd, +-(J(m) - J(m)^T) d with d = (z_+ - z_-) / 2, so it is computed once for the pair.
+    The correction is odd, +-(J(m) - J(m)^T) d with d = (z_+ - z_-) / 2, so it is computed once for the pair; there is no
+    one-sided form.
     """
 
     kind: Literal["Tracking"] = "Tracking"
     beta: Beta = 0.2
     steps: Steps = 20
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         def correction(pair: Tensor) -> Tensor:
             plus, minus = pair.unbind(1)
-            jacobian, half = problem.linearise((plus + minus) / 2), (plus - minus) / 2
-            odd = jacobian.product(half) - jacobian.transposed(half)
+            half = (plus - minus) / 2
+            odd = _asymmetric(problem.linearise((plus + minus) / 2), half)
             return torch.stack([odd, -odd], 1)
 
-        return _contrast(problem, self.beta, solver, correction, cost=5)
+        return _contrast(problem, *_points(problem, self.beta, "symmetric"), solver, correction, cost=5)[0]
 
 
 @configuration
@@ -184,12 +283,10 @@ class DyadicEP:
     steps: Steps = 20
     held: bool = True
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
-        nudge = self.beta * problem.loss_slope(problem.state)
-        scale = norm(nudge).clamp_min(torch.finfo(nudge.dtype).tiny)
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        nudge, scale = self.beta * problem.slope, self.beta * problem.scale
         if self.held:
-            jacobian = problem.linearise(problem.state)
-            phase = solver.solve(lambda d: jacobian.transposed(d) - nudge, torch.zeros_like(nudge),
+            phase = solver.solve(lambda d: problem.jacobian.transposed(d) - nudge, torch.zeros_like(nudge),
                                  lambda push, _: norm(push) / scale)
             difference, cost = phase.value, 1
         else:
@@ -206,136 +303,138 @@ class DyadicEP:
 
 @configuration
 class Implicit:
-    """Implicit differentiation: solves J^T a = -g by the same fixed-point iteration, J^T by autograd (Bai et al. 2019).
+    """Implicit differentiation: solves J^T a = -g with any solver, J^T by autograd (Bai et al. 2019).
 
-    Independent of the hand-written linearisation, so it checks it.
+    `nudged=solvers.Anderson()` makes it GMRES-like. Independent of the hand-written linearisation, so it checks it.
     """
 
     kind: Literal["Implicit"] = "Implicit"
     steps: Steps = 64
 
-    def adjoint(self, problem: Problem, solver: Relaxation) -> Adjoint:
-        slope = problem.loss_slope(problem.state)
-        scale = norm(slope).clamp_min(torch.finfo(slope.dtype).tiny)
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         with torch.enable_grad():
             state = problem.state.detach().requires_grad_()
             push = problem.force(state)
 
         def force(a: Tensor) -> Tensor:
-            return torch.autograd.grad(push, state, a, retain_graph=True)[0] + slope
+            return torch.autograd.grad(push, state, a, retain_graph=True)[0] + problem.slope
 
-        phase = solver.solve(force, torch.zeros_like(slope), lambda f, _: norm(f) / scale)
+        phase = solver.solve(force, torch.zeros_like(problem.slope), lambda f, _: norm(f) / problem.scale)
         return Adjoint(phase.value, phase, None, phase.evaluations)
 
 
 @configuration
-class BPTT:
-    """Backpropagation through exactly `steps` solver steps from the start state; memory grows with `steps`.
+class OneStep:
+    """One-step gradient: J^-T taken as -1, a = g; backpropagation through the last application of the block only (Fung et al. 2022)."""
 
-    The free state of the report is the unrolled state, settled or not: the gradient is that of the finite horizon.
-    """
+    kind: Literal["OneStep"] = "OneStep"
+    steps: Literal[1] = 1
 
-    kind: Literal["BPTT"] = "BPTT"
-    steps: Steps = 64
-
-    def unroll(self, model: EquilibriumModel, x: Tensor, solver: Relaxation) -> Tensor:
-        z = model.block.start(x)
-        for _ in range(self.steps):
-            z = z + solver.step * model.block(z, x)
-        return z
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        return Adjoint(problem.slope, None, None, 0)
 
 
 @configuration
-class Backprop:
-    """Ordinary backpropagation, for a block that is not a dynamical system (`blocks.Feedforward`)."""
+class FeedbackAlignment:
+    """Direct feedback alignment: a = e R, the error e = dl/dlogits through a fixed random matrix (Nokland 2016).
 
-    kind: Literal["Backprop"] = "Backprop"
+    R, one for each layer of the state, has entries of variance 1 / C, is drawn from seed 0 at the first call and carried in the
+    report's state.
+    """
+
+    kind: Literal["FeedbackAlignment"] = "FeedbackAlignment"
     steps: Literal[1] = 1
 
-    def unroll(self, model: EquilibriumModel, x: Tensor, solver: Relaxation) -> Tensor:
-        if not model.block.explicit:
-            raise TypeError(f"Backprop needs a feedforward block, got {type(model.block).__name__}; use BPTT(steps=...) to "
-                            "backpropagate through a relaxation")
-        return model.block.start(x)
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        model, z = problem.model, problem.state
+        with torch.enable_grad():
+            logits = model.logits(model.block.output(z)).detach().requires_grad_()
+            error, = torch.autograd.grad(model.loss_of(logits, problem.targets).sum(), logits)  # (B, T, V) or (B, V)
+        if "feedback" not in problem.carried:
+            shape = (*z.shape[1:-2], error.shape[-1], z.shape[-1])  # (V, C), for a stack (L, V, C)
+            draw = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / math.sqrt(z.shape[-1])
+            problem.carried["feedback"] = draw.to(z)
+        if error.dim() == 2:  # one error for the image, shared by its tokens
+            error = error.unsqueeze(1) / z.shape[-2]
+        error = error.view(error.shape[0], *(1,) * (z.dim() - 3), *error.shape[1:])
+        return Adjoint((error @ problem.carried["feedback"]).expand_as(z), None, None, 0)
 
 
-Estimator = Annotated[VectorField | AsymEP | Tracking | DyadicEP | Implicit | BPTT | Backprop, Field(discriminator="kind")]
+Estimator = Annotated[VectorField | AsymEP | HolomorphicEP | Tracking | DyadicEP | Implicit | OneStep | FeedbackAlignment | BPTT
+                      | ForwardMode | Backprop, Field(discriminator="kind")]
 
 
-def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Relaxation,
-             nudged: Relaxation | None = None, penalties: tuple = (), state: dict | None = None) -> Report:
+def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
+             nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None, start: Tensor | None = None) -> Report:
     """Gradient of the mean loss over the batch, with the sign, scale and reduction of torch.autograd.
 
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
-    `solver` with the estimator's own number of steps. `.grad` is never touched. Raises TypeError if the estimator and the
-    block do not fit; a diverged phase is no exception but gives `grads=None`.
+    `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, by default the block's.
+    `.grad` is never touched. Raises TypeError if the estimator and the block do not fit; a diverged phase is no exception but
+    gives `grads=None`.
     """
     state = dict(state or {})
-    if isinstance(estimator, BPTT | Backprop):
-        loss, grads, free = _backpropagated(model, inputs, targets, estimator, solver)
-        found, evaluations = None, estimator.steps
+    measured: dict[str, float] = {}
+    nudged_phase = problem = None
+
+    def at(z: Tensor) -> Problem:
+        with torch.no_grad():
+            return Problem(model, inputs, targets, model.clamp(inputs), z, state)
+
+    if isinstance(estimator, BPTT | Backprop | ForwardMode):
+        loss, grads, free = finite_horizon(model, inputs, targets, estimator, solver)
+        evaluations = estimator.steps
     else:
         if model.block.explicit:
             raise TypeError(f"{type(estimator).__name__} needs an equilibrium block; train blocks.Feedforward with Backprop")
-        free = model.settle(inputs, solver)
-        found, evaluations, grads, loss = None, free.evaluations, None, float("nan")
+        free = model.settle(inputs, solver, start)
+        evaluations, grads, loss = free.evaluations, None, float("nan")
         if free.status.usable:
+            problem = at(free.value)
             with torch.no_grad():
-                problem = Problem(model, inputs, targets, model.clamp(inputs), free.value)
-                found = estimator.adjoint(problem, nudged or replace(solver, max_steps=estimator.steps))
-            evaluations += found.evaluations
-            loss, grads = _read_out(problem, found)
-    measured = {}
+                found = estimator.adjoint(problem, nudged or solver.limited(estimator.steps))
+                usable = found.phase is None or found.phase.status.usable
+                measured |= found.measured
+                if usable:
+                    measured["asymmetry"] = _asymmetry(problem.jacobian, found.value)
+                    evaluations += 2
+            nudged_phase, evaluations = found.phase, evaluations + found.evaluations
+            if found.displacement is not None:
+                measured["displacement"] = found.displacement.max().item()
+            loss, grads = _read_out(problem, found.value if usable else None)
     penalty_grads: dict[str, Tensor] = {}
-    if free.status.usable:
+    if free.status.usable and penalties:
+        problem = problem or at(free.value)
         for penalty in penalties:
-            outcome = penalty(model, inputs, free.value, solver.step, state)
-            state |= outcome.state
+            outcome = penalty(problem, solver.step)
             measured |= outcome.measured
             evaluations += outcome.evaluations
             for name, value in outcome.grads.items():
                 penalty_grads[name] = penalty_grads[name] + value if name in penalty_grads else value
-    if found is not None and found.displacement is not None:
-        measured["displacement"] = found.displacement.max().item()
     measured["force_evaluations"] = evaluations
-    return Report(loss, grads, free, found.phase if found else None, penalty_grads, measured, state)
+    return Report(loss, grads, free, nudged_phase, penalty_grads, measured, state)
 
 
-def _named(model: EquilibriumModel, total: Tensor) -> dict[str, Tensor]:
-    """Gradient of a scalar in every parameter, zero where it does not enter."""
-    names, values = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    grads = torch.autograd.grad(total, values, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, grads, strict=True))
+def _asymmetry(jacobian: Any, v: Tensor) -> float:
+    """||J v - J^T v|| / ||J v||, the largest of the batch; v is the adjoint state, the direction that the correction acts on."""
+    moved = jacobian.product(v)
+    return (norm(moved - jacobian.transposed(v)) / norm(moved).clamp_min(torch.finfo(v.dtype).tiny)).max().item()
 
 
-def _read_out(problem: Problem, found: Adjoint) -> tuple[float, dict[str, Tensor] | None]:
-    """The loss at the free state, and d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b, one graph of depth one."""
-    model = problem.model
+def _read_out(problem: Problem, adjoint: Tensor | None) -> tuple[float, dict[str, Tensor] | None]:
+    """The loss at the free state, and d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b.
+
+    The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each weight.
+    Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
+    """
+    model, batch = problem.model, problem.state.shape[0]
     with torch.enable_grad():
-        push = model.block(problem.state, model.clamp(problem.inputs))
         loss = model.loss(model.block.output(problem.state), problem.targets).mean()
-        if not found.phase.status.usable:
+        if adjoint is None:
             return loss.item(), None
-        total = (found.value * push).sum() / problem.state.shape[0] + loss
-        return loss.item(), _named(model, total)
-
-
-def _backpropagated(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: BPTT | Backprop,
-                    solver: Relaxation) -> tuple[float, dict[str, Tensor] | None, Solution]:
-    with torch.enable_grad():
-        x = model.clamp(inputs)
-        z = estimator.unroll(model, x, solver)
-        loss = model.loss(model.block.output(z), targets).mean()
-        grads = _named(model, loss) if loss.isfinite() else None
-    state = z.detach()
-    if model.block.explicit:
-        residual = norm(state) * 0
-    else:
         with torch.no_grad():
-            residual = relative_force(model.block(state, x.detach()), state)
-    steps = torch.full_like(residual, estimator.steps, dtype=torch.long)
-    finite = bool(residual.isfinite().all()) and grads is not None
-    status = Status.NONFINITE if not finite else (
-        Status.CONVERGED if bool((residual <= solver.tol).all()) else Status.MAX_STEPS)
-    return loss.item(), grads if finite else None, Solution(state, residual, steps, residual * torch.nan, estimator.steps,
-                                                            status)
+            block, into = problem.jacobian.contract(adjoint / batch)
+        grads = named_gradient(model, loss + (into * model.clamp(problem.inputs)).sum())
+    for name, value in block.items():
+        grads[f"block.{name}"] = grads[f"block.{name}"] + value
+    return loss.item(), grads

@@ -1,13 +1,19 @@
-"""Relaxation of a force to its fixed point, per sample.
+"""Solvers that take a force to its fixed point, per sample.
 
-A solver knows the force only as a function of the state (B, ...). Samples never influence each other: each stops, diverges or
-runs on by its own residual, so a permuted batch gives permuted results.
+A solver knows the force only as a function of the state (B, ...), real or complex. Samples never influence each other: each
+stops, diverges or runs on by its own residual, so a permuted batch gives permuted results. Free, nudged and adjoint phases
+take any of them:
+
+    Relaxation     explicit Euler to a residual; the lowest-residual iterate
+    Anderson       the same fixed point in fewer evaluations, falling back to Euler where it stalls
+    FixedHorizon   exactly so many Euler steps, the last iterate: the state of a finite-horizon objective
+    Snapshot       Euler through the whole horizon, the most settled iterate in hindsight
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +22,8 @@ from torch import Tensor
 from .config import configuration
 
 GROWTH = 1e3  # a state or residual this many times its scale has diverged
+DAMPING = 0.75  # of the normal equations, as a power of the float spacing
+STALL = 10.0  # an accelerated sample whose residual is this many times its lowest falls back to plain relaxation
 
 
 class Status(Enum):
@@ -34,11 +42,11 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Solution:
-    """End of a relaxation: the lowest-residual iterate of each sample.
+    """End of a phase: the lowest-residual iterate of each sample (of `FixedHorizon`, the last).
 
     value (B, ...); residual (B,) in the units of the solver's measure (||F|| / ||z|| unless said otherwise); steps (B,) taken
     by each sample; rate (B,) the last measured ratio of successive residuals (`rate_tail`); evaluations: force evaluations
-    of the whole batch; status of the worst sample.
+    of the whole batch; status of the worst sample; fallbacks: samples on which an acceleration was given up.
     """
 
     value: Tensor
@@ -47,6 +55,7 @@ class Solution:
     rate: Tensor
     evaluations: int
     status: Status
+    fallbacks: int = 0
 
 
 def norm(a: Tensor) -> Tensor:
@@ -59,55 +68,186 @@ def relative_force(force: Tensor, state: Tensor) -> Tensor:
     return norm(force) / norm(state).clamp_min(torch.finfo(state.dtype).tiny)
 
 
-@configuration
-class Relaxation:
-    """Damped fixed-point iteration z <- z + step * F(z) (explicit Euler).
+Step = Annotated[float, Field(gt=0, le=2)]
+Count = Annotated[int, Field(ge=1)]
+Tolerance = Annotated[float, Field(ge=0)]
 
-    step: Euler step. max_steps: most steps of a sample. tol: residual at which a sample stops and is frozen.
-    """
 
-    kind: Literal["Relaxation"] = "Relaxation"
-    step: Annotated[float, Field(gt=0, le=2)] = 0.5
-    max_steps: Annotated[int, Field(ge=1)] = 64
-    tol: Annotated[float, Field(ge=0)] = 1e-4
+class _Solver:
+    """What the solvers share: the loop, per-sample stopping, and the detection of divergence."""
+
+    latest = False  # whether the last iterate is returned instead of the lowest-residual one
+    hindsight = False  # whether an explosion after the best iterate is forgiven
+
+    def limited(self, steps: int) -> "Solver":
+        """This solver with a horizon of `steps`."""
+        return replace(self, max_steps=steps)
+
+    def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: Any) -> Tensor:
+        return state + self.step * push
+
+    def _history(self) -> Any:
+        return None
 
     @torch.no_grad()
     def solve(self, force: Callable[[Tensor], Tensor], start: Tensor,
               measure: Callable[[Tensor, Tensor], Tensor] = relative_force) -> Solution:
-        """Relaxes `force` from `start` (B, ...) without storing a graph; `measure(force, state)` gives the residual (B,).
+        """Takes `force` from `start` (B, ...) to its zero without storing a graph; `measure(force, state)` gives the residual (B,).
 
         A sample whose state norm or residual grows a thousandfold is frozen as diverged: an explosion otherwise looks
         converged once step * F falls below the float spacing of z. A non-finite residual freezes the sample as well.
         """
-        state, samples = start, start.shape[0]
-        lanes = (samples,) + (1,) * (start.dim() - 1)
-        bound = GROWTH * norm(start).clamp_min(start[0].numel() ** 0.5)
-        best, lowest = start, start.new_full((samples,), torch.inf)
-        steps = torch.zeros(samples, dtype=torch.long, device=start.device)
-        previous = rate = start.new_full((samples,), torch.nan)
-        active = torch.ones(samples, dtype=torch.bool, device=start.device)
+        state, scale = start, norm(start)
+        lanes = (-1,) + (1,) * (start.dim() - 1)
+        bound = GROWTH * scale.clamp_min(start[0].numel() ** 0.5)
+        best, lowest = start, torch.full_like(scale, torch.inf)
+        steps = torch.zeros_like(scale, dtype=torch.long)
+        previous = rate = torch.full_like(scale, torch.nan)
+        active = torch.ones_like(scale, dtype=torch.bool)
         exploded, broken = ~active, ~active
-        ceiling = None
+        first, history = None, self._history()
         for count in range(self.max_steps + 1):
             push = force(state)
             residual = measure(push, state)
-            ceiling = GROWTH * residual.clamp_min(1) if ceiling is None else ceiling
+            first = residual if first is None else first
             rate = torch.where(active & (previous > 0), residual / previous, rate)
             previous = torch.where(active, residual, previous)
-            improved = active & (residual < lowest)
+            improved = active & ((residual < lowest) | self.latest)
             best = state if improved.all() else torch.where(improved.view(lanes), state, best)
             lowest = torch.where(improved, residual, lowest)
             broken = broken | (active & ~residual.isfinite())
-            exploded = exploded | (active & ((norm(state) > bound) | (residual > ceiling)))
+            exploded = exploded | (active & ((norm(state) > bound) | (residual > GROWTH * first.clamp_min(1))))
             active = active & (residual > self.tol) & ~broken & ~exploded
             if count == self.max_steps or not active.any():
                 break
             steps = steps + active
-            state = state + self.step * (push if active.all() else torch.where(active.view(lanes), push, 0))
+            moved = self._move(state, push, residual, best, history)
+            state = moved if active.all() else torch.where(active.view(lanes), moved, state)
+        if self.hindsight:  # what came after the most settled iterate does not count, if there was one
+            exploded, broken = exploded & ~(lowest < first), broken & ~(lowest < first)
         if broken.any():
             status = Status.NONFINITE
         elif exploded.any():
             status = Status.DIVERGED
         else:
             status = Status.MAX_STEPS if (lowest > self.tol).any() else Status.CONVERGED
-        return Solution(best, lowest, steps, rate, count + 1, status)
+        return Solution(best, lowest, steps, rate, count + 1, status, 0 if history is None else history.fallbacks)
+
+
+@configuration
+class Relaxation(_Solver):
+    """Damped fixed-point iteration z <- z + step * F(z) (explicit Euler).
+
+    step: Euler step. max_steps: most steps of a sample. tol: residual at which a sample stops and is frozen.
+    """
+
+    kind: Literal["Relaxation"] = "Relaxation"
+    step: Step = 0.5
+    max_steps: Count = 64
+    tol: Tolerance = 1e-4
+
+
+@configuration
+class Anderson(_Solver):
+    """Anderson acceleration of the same iteration, sample by sample (Walker & Ni 2011, type II).
+
+    The next state combines the last `memory` differences so that the extrapolated force is smallest in norm; on a linear phase
+    this is GMRES. A sample whose residual rises to ten times its lowest falls back: to its best state, and on from there by plain
+    relaxation to the end. `Solution.fallbacks` counts them.
+    """
+
+    kind: Literal["Anderson"] = "Anderson"
+    step: Step = 0.7
+    max_steps: Count = 64
+    tol: Tolerance = 1e-4
+    memory: Count = 5
+
+    def _history(self) -> "_Differences":
+        return _Differences(self.memory)
+
+    def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "_Differences") -> Tensor:
+        lanes = (-1,) + (1,) * (state.dim() - 1)
+        stalled = history.record(_flat(state), _flat(push), residual)
+        moved = state + self.step * push
+        if history.length:
+            moved = moved - _like(history.correction(_flat(push), self.step), state)
+        return torch.where(stalled.view(lanes), best, moved) if stalled.any() else moved
+
+
+@configuration
+class FixedHorizon(_Solver):
+    """Exactly `steps` Euler steps for every sample, no early stop; the last iterate, settled or not. Zero steps evaluate the start
+    state, the solver removed."""
+
+    kind: Literal["FixedHorizon"] = "FixedHorizon"
+    step: Step = 0.5
+    steps: Annotated[int, Field(ge=0)] = 64
+
+    tol, latest = 0.0, True
+
+    @property
+    def max_steps(self) -> int:
+        return self.steps
+
+    def limited(self, steps: int) -> "FixedHorizon":
+        return replace(self, steps=steps)
+
+
+@configuration
+class Snapshot(_Solver):
+    """Euler through all `max_steps`, and the most settled iterate in hindsight (002, "adaptive T2 by hindsight snapshot selection").
+
+    In a nudged phase the residual is that of the contrast, which is its increment over the step, not the size of a step. A sample
+    that explodes later keeps its snapshot; one that never settled below its first residual has diverged.
+    """
+
+    kind: Literal["Snapshot"] = "Snapshot"
+    step: Step = 0.5
+    max_steps: Count = 64
+
+    tol, hindsight = 0.0, True
+
+
+Solver = Annotated[Relaxation | Anderson | FixedHorizon | Snapshot, Field(discriminator="kind")]
+
+
+def _flat(a: Tensor) -> Tensor:
+    return (torch.view_as_real(a) if a.is_complex() else a).flatten(1)  # (B, ...) -> (B, n), real
+
+
+def _like(flat: Tensor, a: Tensor) -> Tensor:
+    return torch.view_as_complex(flat.view(*a.shape, 2)) if a.is_complex() else flat.view(a.shape)
+
+
+class _Differences:
+    """The last differences of states and forces of each sample, (B, memory, n) each, in a ring."""
+
+    def __init__(self, memory: int):
+        self.memory, self.length, self.slot, self.fallbacks = memory, 0, 0, 0
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def record(self, state: Tensor, push: Tensor, residual: Tensor) -> Tensor:
+        """Takes in one iterate (B, n); returns which samples (B,) stall here and must go back to their best state."""
+        if self.last is None:
+            self.states, self.pushes = (a.new_zeros(a.shape[0], self.memory, a.shape[1]) for a in (state, push))
+            self.plain, self.lowest = torch.zeros_like(residual, dtype=torch.bool), residual
+        else:
+            self.states[:, self.slot], self.pushes[:, self.slot] = state - self.last[0], push - self.last[1]
+            self.slot, self.length = (self.slot + 1) % self.memory, min(self.length + 1, self.memory)
+        self.last = state, push
+        stalled = ~self.plain & (residual > STALL * self.lowest)
+        self.lowest = torch.minimum(self.lowest, residual)
+        self.plain = self.plain | stalled
+        self.fallbacks += int(stalled.sum())
+        return stalled
+
+    def correction(self, push: Tensor, step: float) -> Tensor:
+        """What the plain step is to be corrected by, (B, n): sum_i gamma_i (dz_i + step df_i), gamma minimising |f - sum gamma_i df_i|."""
+        dz, df = self.states[:, :self.length], self.pushes[:, :self.length]
+        size = df.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(push.dtype).tiny)  # each difference in its own unit: they shrink
+        unit = df / size
+        gram, right = (unit @ unit.mT).double(), (unit @ push.unsqueeze(-1)).double()  # (B, m, m), (B, m, 1)
+        damping = torch.finfo(push.dtype).eps ** DAMPING * torch.eye(self.length, dtype=gram.dtype, device=gram.device)
+        gamma = torch.linalg.solve_ex(gram + damping, right)[0].to(push.dtype) / size
+        gamma = torch.where(self.plain[:, None, None] | ~gamma.isfinite(), 0, gamma)
+        return (gamma * (dz + step * df)).sum(1)

@@ -25,9 +25,9 @@ from . import data as corpora
 from .blocks import Block, Feedforward
 from .config import configuration, plain
 from .controllers import Penalty
-from .estimators import Backprop, Estimator, gradient
+from .estimators import AsymEP, Backprop, DyadicEP, Estimator, gradient
 from .models import Classifier, EquilibriumModel, LanguageModel
-from .solvers import Relaxation
+from .solvers import Relaxation, Solver
 from .spectra import contraction_rate
 
 EXCURSION = 1e-1  # free residual (max over the batch) above which a step counts as an excursion
@@ -95,7 +95,8 @@ class RunConfig:
     experiment, arm: what the run is for; the name adds learning rate and seed.
     gate: free residual (max over the batch) above which the step is a recovery step: the penalties' gradient alone is applied.
     evaluate_every: steps between evaluations during training, on `evaluation_batches` validation batches; the whole split is
-    evaluated at the end. keep: steps after which the weights are kept, besides the last.
+    evaluated at the end. keep: steps after which the weights are kept, besides the last. audit_every: steps between audits of the
+    linear response, in which the same gradient is computed by two trajectories and the cosine of the two is logged.
     """
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -103,8 +104,8 @@ class RunConfig:
     data: Annotated[Mnist | Text, Field(discriminator="kind")]
     model: Architecture
     estimator: Estimator
-    solver: Relaxation = Relaxation()
-    nudged: Relaxation | None = None
+    solver: Solver = Relaxation()
+    nudged: Solver | None = None
     penalties: tuple[Penalty, ...] = ()
     gate: Annotated[float, Field(gt=0)] | None = None
     optimiser: Optimiser = Optimiser()
@@ -114,6 +115,7 @@ class RunConfig:
     evaluate_every: Positive = 100
     evaluation_batches: Positive = 16
     keep: tuple[Positive, ...] = ()
+    audit_every: Positive | None = None
 
     @property
     def name(self) -> str:
@@ -128,6 +130,8 @@ class RunConfig:
             raise ValueError("block.causal must be true for Text and false for Mnist")
         if any(step > self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
+        if self.audit_every and not isinstance(self.estimator, DyadicEP):
+            raise ValueError(f"audit_every compares DyadicEP with its two-trajectory form; the estimator is {self.estimator.kind}")
         return self
 
 
@@ -207,7 +211,7 @@ def build_model(config: RunConfig, task: ImageTask | TextTask) -> EquilibriumMod
 
 
 @torch.no_grad()
-def evaluate(model: EquilibriumModel, task: ImageTask | TextTask, solver: Relaxation, batches: int | None = None) -> dict:
+def evaluate(model: EquilibriumModel, task: ImageTask | TextTask, solver: Solver, batches: int | None = None) -> dict:
     """Loss (nats), accuracy (percent), and residual and steps of the free phase over the validation split or its first
     `batches` batches. A sample whose phase diverged counts with the state it was left in."""
     losses, right, total, residuals, steps = [], 0, 0, [], []
@@ -342,6 +346,8 @@ class Trainer:
         report = gradient(self.model, inputs, targets, estimator=config.estimator, solver=config.solver, nudged=config.nudged,
                           penalties=config.penalties, state=self.state)
         self.state = report.state
+        audited = config.audit_every is not None and (step + 1) % config.audit_every == 0
+        cosine, extra = self._audit(inputs, targets, report.grads) if audited else (math.nan, 0)
         worst = report.free.residual.max().item()
         gated = config.gate is not None and not worst <= config.gate
         grads = None if gated else report.grads
@@ -375,9 +381,23 @@ class Trainer:
             "nudged_iterations_max": report.nudged.steps.max().item() if report.nudged else 0,
             "rate_tail": report.free.rate.nan_to_num(0).max().item(),
             "rate_probe": report.measured.get("rate_probe", math.nan), "penalty": report.measured.get("penalty", math.nan),
-            "displacement": report.measured.get("displacement", math.nan), "gradient_norm": norm, "lr": rate,
+            "displacement": report.measured.get("displacement", math.nan),
+            "asymmetry": report.measured.get("asymmetry", math.nan), "audit_cosine": cosine,
+            "fallbacks": report.free.fallbacks + (report.nudged.fallbacks if report.nudged else 0), "gradient_norm": norm, "lr": rate,
             "gated": int(gated), "skipped": int(not (math.isfinite(norm) and known)), "status": report.status.value,
-            "force_evaluations": report.measured["force_evaluations"]})
+            "force_evaluations": report.measured["force_evaluations"] + extra})
+
+    def _audit(self, inputs: Tensor, targets: Tensor, grads: dict[str, Tensor] | None) -> tuple[float, int]:
+        """Cosine between the step's gradient and that of two trajectories, over block and embeddings, and its force evaluations."""
+        config = self.config
+        kind = AsymEP(beta=config.estimator.beta, steps=config.estimator.steps)
+        other = gradient(self.model, inputs, targets, estimator=kind, solver=config.solver, nudged=config.nudged)
+        cosine = math.nan
+        if grads is not None and other.grads is not None:
+            ours, theirs = (torch.cat([value.flatten() for name, value in part.items() if name.split(".")[0] not in ("norm", "readout")])
+                            for part in (grads, other.grads))
+            cosine = torch.cosine_similarity(ours.double(), theirs.double(), dim=0).item()
+        return cosine, other.measured["force_evaluations"]
 
     def _evaluate(self, step: int) -> None:
         row = {"step": step} | evaluate(self.average, self.task, self.config.solver, self.config.evaluation_batches)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from eplib import blocks, models
+from eplib.diagnostics import LinearSystem
 from eplib.models import EquilibriumModel
 from eplib.solvers import Relaxation
 
@@ -29,57 +30,11 @@ def transformer(kind: str = "language", init: float = 1.0, **block) -> tuple[Equ
     return model, inputs, targets
 
 
-class LinearBlock(nn.Module):
-    """F(z) = A z + x, states (..., n)."""
-
-    explicit = False
-
-    def __init__(self, matrix: Tensor):
-        super().__init__()
-        self.matrix = nn.Parameter(matrix)
-
-    def start(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return z @ self.matrix.T + x
-
-    def output(self, z: Tensor) -> Tensor:
-        return z
-
-    def linearise(self, z: Tensor, x: Tensor) -> "LinearBlock":
-        return self
-
-    def product(self, v: Tensor) -> Tensor:
-        return v @ self.matrix.T
-
-    def transposed(self, u: Tensor) -> Tensor:
-        return u @ self.matrix
-
-
-class LinearModel(nn.Module):
-    """x = B inputs, F = A z + x, loss = |z - target|^2 / 2: every gradient is known in closed form."""
-
-    settle = EquilibriumModel.settle
-
-    def __init__(self, symmetric: bool):
-        super().__init__()
-        torch.manual_seed(5)
-        raw = torch.randn(6, 6, dtype=torch.float64) * 0.35
-        self.block = LinearBlock((raw + raw.T) / 2 - 1.5 * torch.eye(6) if symmetric else raw - 1.2 * torch.eye(6))
-        self.inflow = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
-
-    def clamp(self, inputs: Tensor) -> Tensor:
-        return inputs @ self.inflow.T
-
-    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        return (h - targets).square().sum(-1) / 2
-
-    def closed_form(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        a, b = self.block.matrix.detach(), self.inflow.detach()
-        z = -torch.linalg.solve(a, (inputs @ b.T).T).T
-        adjoint = -torch.linalg.solve(a.T, (z - targets).T).T
-        return {"block.matrix": adjoint.T @ z / len(z), "inflow": adjoint.T @ inputs / len(z)}
+def linear_system(symmetric: bool) -> LinearSystem:
+    torch.manual_seed(5)
+    raw = torch.randn(6, 6, dtype=torch.float64) * 0.35
+    matrix = (raw + raw.T) / 2 - 1.5 * torch.eye(6) if symmetric else raw - 1.2 * torch.eye(6)
+    return LinearSystem(matrix, torch.randn(6, 4, dtype=torch.float64))
 
 
 def linear_batch() -> tuple[Tensor, Tensor]:

@@ -1,26 +1,173 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from eplib import blocks
+from eplib import blocks, calculus, models
 from eplib.diagnostics import dense_jacobian
-from systems import transformer
+from eplib.solvers import FixedHorizon, Relaxation
+from systems import TIGHT, transformer
+
+EQUILIBRIUM = [blocks.Thick(init=1.0, damping=0.3), blocks.Thick(init=1.0, qk_norm=True), blocks.Layered(layers=3, init=1.0),
+               blocks.Attractor(layers=2, init=1.0), blocks.Thin(init=1.0), blocks.Energy(init=1.0), blocks.Monotone()]
+IMAGE = [blocks.Thick(init=1.0, causal=False), blocks.Layered(layers=2, init=1.0, causal=False), blocks.Thin(init=1.0, causal=False),
+         blocks.Energy(init=1.0, causal=False), blocks.Monotone(causal=False), blocks.LinearAttention(init=1.0),
+         blocks.LinearAttention(init=1.0, symmetric=True)]
+CONSERVATIVE = [blocks.Energy(init=1.0), blocks.Energy(init=1.0, causal=False, damping=0.5),
+                blocks.LinearAttention(init=1.0, symmetric=True)]
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("kind", ["language", "image"])
-def test_hand_written_products_are_those_of_the_dense_jacobian(kind, qk_norm):
-    model, inputs, _ = transformer(kind, qk_norm=qk_norm, damping=0.3)
-    x = model.clamp(inputs).detach()
-    z, v = torch.randn_like(x), torch.randn_like(x)
+def name(config):
+    return repr(config)
+
+
+def system(config, samples=2, tokens=5, width=8, heads=2):
+    """A float64 block with its clamped input and a state away from its fixed point."""
+    torch.manual_seed(2)
+    block = config.build(width, heads, tokens).double()
+    for parameter in block.parameters():  # off the special values of initialisation
+        torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
+    x = torch.randn(samples, tokens, width, dtype=torch.float64)
     with torch.no_grad():
-        jacobian = model.block.linearise(z, x)
-        forward, backward = jacobian.product(v), jacobian.transposed(v)
+        x = block.drive(x)
+        start = block.start(x)
+    return block, x, start + torch.randn_like(start)
+
+
+@pytest.mark.parametrize("config", EQUILIBRIUM + IMAGE, ids=name)
+def test_products_and_contraction_are_those_of_automatic_differentiation(config):
+    """J v and J^T u against the dense Jacobian, <u, F> in every weight and in x against autograd, whoever wrote the derivative."""
+    block, x, z = system(config)
+    v, u = torch.randn_like(z), torch.randn_like(z)
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        forward, backward, (grads, into) = jacobian.product(v), jacobian.transposed(u), jacobian.contract(u)
+    dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(z.numel(), z.numel())
+    assert torch.allclose(forward.flatten(), dense @ v.flatten(), rtol=1e-10, atol=1e-10)
+    assert torch.allclose(backward.flatten(), dense.T @ u.flatten(), rtol=1e-10, atol=1e-10)
+    x.requires_grad_()
+    weights = {key: value for key, value in block.named_parameters() if "backbone" not in key}  # that leads to x, not to F
+    expected = torch.autograd.grad((u * block(z, x)).sum(), [*weights.values(), x], materialize_grads=True, allow_unused=True)
+    assert set(grads) >= set(weights)
+    for key, value in zip(weights, expected, strict=False):
+        assert torch.allclose(grads[key], value, rtol=1e-6, atol=1e-9), key
+    assert torch.allclose(into, expected[-1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [blocks.Thick(qk_norm=True), blocks.Energy(), blocks.Monotone()], ids=name)
+def test_forces_pass_gradcheck(config):
+    block, x, z = system(config, samples=1, tokens=3, width=4)
+    assert torch.autograd.gradcheck(lambda state, drive: block(state, drive), (z.requires_grad_(), x.requires_grad_()))
+
+
+@pytest.mark.parametrize("config", CONSERVATIVE, ids=name)
+def test_energy_blocks_follow_minus_the_gradient_of_their_energy(config):
+    block, x, z = system(config)
+    z.requires_grad_()
+    slope, = torch.autograd.grad(block.energy(z, x).sum(), z)
+    assert torch.allclose(block(z, x), -slope, rtol=1e-10, atol=1e-11)
     for b in range(len(z)):
-        dense = dense_jacobian(model, x[b:b + 1], z[b:b + 1])
-        assert torch.allclose(forward[b].flatten(), dense @ v[b].flatten(), rtol=1e-11, atol=1e-11)
-        assert torch.allclose(backward[b].flatten(), dense.T @ v[b].flatten(), rtol=1e-11, atol=1e-11)
-    assert (dense - dense.T).norm() > 0.1 * dense.norm()  # the system is one on which the difference matters
+        dense = torch.autograd.functional.jacobian(lambda state, b=b: block(state, x[b]), z[b].detach()).reshape(40, 40)
+        assert (dense - dense.T).norm() < 1e-10 * dense.norm()
+
+
+def test_a_symmetric_causal_jacobian_is_diagonal_in_the_tokens():
+    block, x, z = system(blocks.Energy(init=1.0), samples=1)
+    dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(5, 8, 5, 8)
+    assert all(dense[t, :, s].abs().max() == 0 for t in range(5) for s in range(5) if t != s)
+    other = x.clone()
+    other[:, 1] += torch.randn(8)
+    assert not torch.allclose(block(z, x)[:, 3], block(z, other)[:, 3])  # attention is there: through the clamped input
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_monotone_blocks_contract_whatever_their_weights(scale, causal):
+    block, x, z = system(blocks.Monotone(bound=0.8, causal=causal), samples=1)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(scale)
+    dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(40, 40)
+    eigenvalues = torch.linalg.eigvals(dense + torch.eye(40))
+    assert eigenvalues.abs().max() <= 0.8
+    if scale == 30.0:
+        assert eigenvalues.abs().max() > 0.05  # the bound is used, not only kept
+    far = z + 10 * torch.randn_like(z)
+    before, after = (a.norm(dim=-1).max() for a in (far - z, (far + block(far, x)) - (z + block(z, x))))
+    assert after <= 0.8 * before
+
+
+def test_the_bound_on_the_spectral_norm_is_one_and_tight():
+    torch.manual_seed(0)
+    for shape in ((64, 64), (256, 64), (8, 40)):
+        weight = torch.randn(shape, dtype=torch.float64)
+        assert 0.85 < torch.linalg.matrix_norm(blocks._at_most(weight, 1.0), 2) <= 1 + 1e-12
+        assert torch.equal(blocks._at_most(weight, 1e3), weight)
+
+
+def test_layered_is_the_ordinary_transformer_after_as_many_sweeps_as_layers():
+    torch.manual_seed(1)
+    layered, plain = (config.build(8, 2, 5).double() for config in (blocks.Layered(layers=4, init=1.0), blocks.Feedforward(layers=4)))
+    plain.load_state_dict(layered.state_dict())  # weight for weight, by the same names
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for sweeps in (3, 4):
+            z = FixedHorizon(step=1.0, steps=sweeps).solve(lambda z: layered(z, x), layered.start(x)).value
+            assert torch.allclose(layered.output(z), plain.start(x), atol=1e-12) == (sweeps == 4)
+    dense = torch.autograd.functional.jacobian(lambda state: layered(state, x[:1]), z[:1]).reshape(160, 160)
+    assert torch.equal(dense.diagonal(), -torch.ones(160, dtype=torch.float64))
+    assert dense.triu(1).abs().max() == 0  # so every eigenvalue is -1
+
+
+def test_an_attractor_refines_its_backbone_and_works_with_the_solver_removed():
+    torch.manual_seed(1)
+    model = models.LanguageModel(vocab=7, width=8, heads=2, context=5, block=blocks.Attractor(layers=2)).double()
+    inputs = torch.randint(7, (3, 5))
+    removed = model.settle(inputs, FixedHorizon(steps=0))
+    embedded = model.embedding(inputs) + model.position
+    assert torch.allclose(removed.value, model.block.backbone.start(embedded), atol=1e-12) and removed.steps.tolist() == [0] * 3
+    refined = model.settle(inputs, TIGHT)
+    assert refined.residual.max() < 1e-11 < removed.residual.min()
+
+
+def test_the_complex_extension_is_holomorphic_and_real_on_the_real_axis():
+    """F(z + i h v) = F(z) + i h J v + O(h^2): complex-step differentiation gives J v to machine precision."""
+    for config in (blocks.Thick(init=1.0, qk_norm=True), blocks.Thick(init=1.0, causal=False, damping=0.5)):
+        block, x, z = system(config)
+        v, h = torch.randn_like(z), 1e-20
+        with torch.no_grad():
+            stepped = block(torch.complex(z, h * v), x)
+            assert torch.allclose(stepped.real, block(z, x), rtol=1e-12, atol=1e-12)
+            assert torch.allclose(stepped.imag / h, block.linearise(z, x).product(v), rtol=1e-10, atol=1e-10)
+            w = torch.complex(z, 0.3 * v)
+            assert torch.allclose(block(w.conj(), x), block(w, x).conj(), rtol=1e-12)
+            around = [block(w + 0.2 * unit, x) for unit in (1, 1j, -1, -1j)]  # the mean over a circle is the value at its centre
+            assert torch.allclose(sum(around) / 4, block(w, x), rtol=2e-2, atol=2e-2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans(), st.booleans(),
+       st.sampled_from([torch.float32, torch.float64]), st.integers(1, 2), st.randoms(use_true_random=False))
+def test_products_are_adjoint_and_batches_permute_for_any_shape(samples, tokens, heads, causal, qk_norm, strided, dtype, threads, random):
+    """<u, J v> = <J^T u, v>; a permuted batch gives the permuted result; non-contiguous inputs and thread counts change nothing."""
+    torch.manual_seed(random.randint(0, 999))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        block = blocks.Thick(causal=causal, qk_norm=qk_norm, init=1.0).build(8, heads, tokens).to(dtype)
+        x, z, u, v = (torch.randn(samples, 8, tokens, dtype=dtype).mT for _ in range(4))
+        if not strided:
+            x, z, u, v = (a.contiguous() for a in (x, z, u, v))
+        tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+        with torch.no_grad():
+            jacobian = block.linearise(z, x)
+            assert torch.allclose((u * jacobian.product(v)).sum(), (jacobian.transposed(u) * v).sum(), **tolerance)
+            order = torch.randperm(samples)
+            assert torch.allclose(block(z[order], x[order]), block(z, x)[order], **tolerance)
+            assert torch.allclose(block(z.contiguous(), x.contiguous()), block(z, x), **tolerance)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_products_broadcast_over_several_directions():
@@ -46,15 +193,16 @@ def test_the_force_is_the_one_of_the_paper():
     assert torch.allclose(model.block(z, x), expected, atol=1e-12)
 
 
-def test_a_causal_block_does_not_look_ahead_and_a_full_one_does():
-    for causal in (True, False):
-        torch.manual_seed(0)
-        block = blocks.Thick(causal=causal, init=1.0).build(width=16, heads=4, context=8)
-        x = torch.randn(2, 8, 16)
-        changed = x.clone()
-        changed[:, 5:] += 1.0
-        same = torch.equal(block(x, x)[:, :5], block(changed, changed)[:, :5])
-        assert same == causal
+@pytest.mark.parametrize("config", EQUILIBRIUM + IMAGE, ids=name)
+def test_causal_blocks_do_not_look_ahead_and_full_ones_do(config):
+    torch.manual_seed(0)
+    block = config.build(width=16, heads=4, context=8)
+    x = torch.randn(2, 8, 16)
+    changed = x.clone()
+    changed[:, 5:] += torch.randn(2, 3, 16)
+    settled = [block.output(Relaxation(step=0.3, max_steps=4, tol=0.0).solve(lambda z, d=d: block(z, d), block.start(d)).value)
+               for d in (block.drive(x), block.drive(changed))]
+    assert torch.equal(settled[0][:, :5], settled[1][:, :5]) == config.causal
 
 
 def test_the_feedforward_baseline_has_the_same_parameters():
@@ -64,9 +212,10 @@ def test_the_feedforward_baseline_has_the_same_parameters():
     assert plain(plain.start(x), x).abs().max() == 0
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(blocks.ShapeError, match="width 18 is not a multiple of heads 4"):
-        blocks.Thick().build(width=18, heads=4, context=8)
+@pytest.mark.parametrize("config", [blocks.Thick(), blocks.Energy(), blocks.Thin(), blocks.Monotone(), blocks.Layered()], ids=name)
+def test_heads_must_divide_the_width(config):
+    with pytest.raises(calculus.ShapeError, match="width 18 is not a multiple of heads 4"):
+        config.build(width=18, heads=4, context=8)
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), [("damping", -1.0, "greater than or equal to 0"),

@@ -5,8 +5,9 @@ import torch
 
 from eplib import spectra
 from eplib.controllers import ContractionRate
+from eplib.estimators import Problem
 from eplib.solvers import Relaxation, norm
-from systems import LinearModel, linear_batch, transformer
+from systems import linear_system, linear_batch, transformer
 
 STEP = 0.5
 SETTLE = Relaxation(step=0.3, max_steps=12, tol=0.0)  # not settled: the last push is still large enough to be a probe
@@ -16,6 +17,10 @@ def small():
     """A float64 model with its inputs and free state."""
     model, inputs, _ = transformer()
     return model, inputs, model.settle(inputs, SETTLE).value
+
+
+def at(model, inputs, z) -> Problem:
+    return Problem(model, inputs, None, model.clamp(inputs).detach(), z)  # targets: none, a penalty has none to look at
 
 
 def dense(model, inputs, z) -> list[torch.Tensor]:
@@ -46,7 +51,7 @@ def penalty(model, inputs, z, probe, target: float, strength: float) -> tuple[fl
 def test_gradient_is_the_finite_difference_with_state_and_probe_held(products):
     model, inputs, z = small()
     controller = ContractionRate(target=0.5, strength=3.0, products=products)
-    outcome = controller(model, inputs, z, STEP, {})
+    outcome = controller(at(model, inputs, z), STEP)
     probe = refined_probe(model, inputs, z, products)
     value, excess = penalty(model, inputs, z, probe, 0.5, 3.0)
     assert (excess > 0).any()
@@ -72,42 +77,42 @@ def test_gradient_is_the_finite_difference_with_state_and_probe_held(products):
 
 def test_nothing_is_asked_of_samples_below_the_target():
     model, inputs, z = small()
-    rate = ContractionRate()(model, inputs, z, STEP, {}).measured["rate_probe"]
+    rate = ContractionRate()(at(model, inputs, z), STEP).measured["rate_probe"]
     assert 0 < rate < 0.99
-    quiet = ContractionRate(target=rate + 1e-3)(model, inputs, z, STEP, {})
+    quiet = ContractionRate(target=rate + 1e-3)(at(model, inputs, z), STEP)
     assert quiet.measured["penalty"] == 0.0 and all(not grad.any() for grad in quiet.grads.values())
     assert quiet.measured["rate_probe"] == pytest.approx(rate)
-    acting = ContractionRate(target=rate - 1e-3)(model, inputs, z, STEP, {})
+    acting = ContractionRate(target=rate - 1e-3)(at(model, inputs, z), STEP)
     assert acting.measured["penalty"] > 0 and acting.evaluations > quiet.evaluations
     settled = torch.zeros_like(z)  # a state at which the force, and so the probe, is exactly zero
     model.block.forward = lambda z, x: torch.zeros_like(z)
-    zero = ContractionRate()(model, inputs, settled, STEP, {})
+    zero = ContractionRate()(at(model, inputs, settled), STEP)
     assert zero.measured["rate_probe"] == 0.0 and all(grad.isfinite().all() for grad in zero.grads.values())
 
 
 def test_the_penalty_is_a_mean_over_the_batch_and_only_samples_above_the_target_enter():
     model, inputs, z = small()
-    rates = torch.tensor([ContractionRate()(model, inputs[i:i + 1], z[i:i + 1], STEP, {}).measured["rate_probe"]
+    rates = torch.tensor([ContractionRate()(at(model, inputs[i:i + 1], z[i:i + 1]), STEP).measured["rate_probe"]
                           for i in range(4)], dtype=torch.float64)
     worst, second = rates.argsort(descending=True)[:2]
     controller = ContractionRate(target=float(rates[worst] + rates[second]) / 2)
-    alone = controller(model, inputs[worst][None], z[worst][None], STEP, {})
-    among = controller(model, inputs, z, STEP, {})
+    alone = controller(at(model, inputs[worst][None], z[worst][None]), STEP)
+    among = controller(at(model, inputs, z), STEP)
     assert alone.measured["penalty"] > 0
     assert among.measured["penalty"] == pytest.approx(alone.measured["penalty"] / 4, rel=1e-9)
     assert among.measured["rate_probe_mean"] == pytest.approx(rates.mean().item(), rel=1e-9)
     for name, grad in alone.grads.items():
         assert torch.allclose(among.grads[name], grad / 4, rtol=1e-7, atol=1e-12), name
-    both = controller(model, inputs.repeat(2, 1), z.repeat(2, 1, 1), STEP, {})
+    both = controller(at(model, inputs.repeat(2, 1), z.repeat(2, 1, 1)), STEP)
     assert both.measured["penalty"] == pytest.approx(among.measured["penalty"], rel=1e-9)
 
 
 @pytest.mark.parametrize("step", [0.3, 0.9])  # the mode nearest to 0 leads, then the one that overshoots
 def test_the_probe_finds_the_dominant_real_eigenvalue_of_a_linear_system(step):
-    model, (inputs, _) = LinearModel(symmetric=True), linear_batch()
+    model, (inputs, _) = linear_system(symmetric=True), linear_batch()
     z = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     values = 1 + step * torch.linalg.eigvalsh(model.block.matrix.detach())
-    rate = ContractionRate(products=300)(model, inputs, z, step, {}).measured
+    rate = ContractionRate(products=300)(at(model, inputs, z), step).measured
     assert rate["rate_probe"] == pytest.approx(values.abs().max().item(), rel=1e-6)
     assert rate["rate_probe_mean"] == pytest.approx(values.abs().max().item(), rel=1e-6)
     assert spectra.contraction_rate(model, inputs, z, step) == pytest.approx(values.abs().max().item(), rel=1e-9)
@@ -118,7 +123,7 @@ def test_descending_the_penalty_lowers_the_rate():
     controller = ContractionRate(target=0.3)
     rates = []
     for _ in range(5):
-        outcome = controller(model, inputs, z, STEP, {})
+        outcome = controller(at(model, inputs, z), STEP)
         rates.append(outcome.measured["rate_probe_mean"])
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -162,11 +167,11 @@ def test_ritz_values_of_a_map_with_a_complex_pair_and_an_early_end():
 
 def test_the_real_probe_does_not_resolve_a_rotation_and_the_spectrum_does():
     """Why rate_probe and rate_arnoldi are logged apart: a shear turns a rotating mode's growth up and down."""
-    model = LinearModel(symmetric=False)
+    model = linear_system(symmetric=False)
     turn = torch.tensor([[0.0, -4.0], [0.25, 0.0]], dtype=torch.float64)  # eigenvalues +-i, far from normal
     with torch.no_grad():
         model.block.matrix.copy_((torch.block_diag(0.9 * turn, 0.1 * torch.eye(4)) - torch.eye(6)) / STEP)
     (inputs, _), z = linear_batch(), torch.zeros(5, 6, dtype=torch.float64)
     assert spectra.contraction_rate(model, inputs, z, STEP) == pytest.approx(torch.full_like(z[:, 0], 0.9), rel=1e-9)
-    seen = [ContractionRate(products=n)(model, inputs, z, STEP, {}).measured["rate_probe"] for n in (20, 21)]
+    seen = [ContractionRate(products=n)(at(model, inputs, z), STEP).measured["rate_probe"] for n in (20, 21)]
     assert max(seen) > 1.5

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from eplib.solvers import Relaxation, Status, norm, relative_force
-from systems import LinearModel, TIGHT, linear_batch, transformer
+from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status, norm, relative_force
+from systems import linear_system, TIGHT, linear_batch, transformer
 
 
 def test_the_closed_form_fixed_point_of_a_linear_system():
-    model, (inputs, _) = LinearModel(symmetric=False), linear_batch()
+    model, (inputs, _) = linear_system(symmetric=False), linear_batch()
     solution = model.settle(inputs, TIGHT)
     exact = -torch.linalg.solve(model.block.matrix, model.clamp(inputs).T).T
     assert solution.status is Status.CONVERGED
@@ -86,6 +86,92 @@ def test_one_bad_sample_spoils_neither_the_others_nor_the_status():
 def test_no_graph_is_kept():
     model, inputs, _ = transformer()
     assert not model.settle(inputs, Relaxation(max_steps=3, tol=0.0)).value.requires_grad
+
+
+def test_anderson_finds_the_same_fixed_point_in_fewer_evaluations():
+    model, inputs, _ = transformer(init=0.5)
+    plain = model.settle(inputs, Relaxation(step=0.5, max_steps=500, tol=1e-9))
+    fast = model.settle(inputs, Anderson(step=0.5, max_steps=500, tol=1e-9))
+    assert fast.status is plain.status is Status.CONVERGED
+    assert torch.allclose(fast.value, plain.value, atol=1e-7)
+    assert fast.evaluations < 0.5 * plain.evaluations
+
+
+def test_anderson_is_exact_on_a_linear_system_after_as_many_steps_as_unknowns():
+    """With a full memory it is GMRES (Walker & Ni 2011): six unknowns, a residual at round-off after seven differences."""
+    model, (inputs, _) = linear_system(symmetric=False), linear_batch()
+    solution = model.settle(inputs, Anderson(step=0.5, max_steps=50, tol=1e-9, memory=8))
+    assert solution.status is Status.CONVERGED and solution.steps.max() <= 8
+    assert model.settle(inputs, Relaxation(step=0.5, max_steps=50, tol=1e-9)).steps.max() > 25
+
+
+def test_anderson_treats_every_sample_alone():
+    model, inputs, _ = transformer(init=0.5, damping=0.5)
+    solver = Anderson(step=0.4, max_steps=300, tol=1e-6)
+    together = model.settle(inputs, solver)
+    for b in range(4):
+        alone = model.settle(inputs[b:b + 1], solver)
+        assert alone.steps.item() == together.steps[b].item()
+        assert torch.allclose(alone.value[0], together.value[b], atol=1e-9)
+
+
+def test_a_stalled_acceleration_falls_back_to_relaxation_and_is_counted():
+    """A force with kinks, on which extrapolation overshoots and plain relaxation contracts."""
+    def force(z):
+        return torch.where(z.abs() > 0.2, -z.sign() * (0.2 + 0.1 * z.abs()), -z)
+
+    start = torch.linspace(0.5, 3, 5, dtype=torch.float64)[:, None] * torch.tensor([[1.0, -0.6, 0.3]], dtype=torch.float64)
+    wild = Anderson(step=0.5, max_steps=300, tol=1e-9, memory=3).solve(force, start, lambda push, _: norm(push))
+    assert wild.fallbacks > 0  # else this shows nothing
+    assert wild.status is Status.CONVERGED and wild.value.abs().max() < 1e-8
+
+
+def test_a_fixed_horizon_takes_its_steps_whatever_the_residual():
+    model, inputs, _ = transformer()
+    x = model.clamp(inputs).detach()
+    z = x
+    with torch.no_grad():
+        for _ in range(7):
+            z = z + 0.4 * model.block(z, x)
+    solution = model.settle(inputs, FixedHorizon(step=0.4, steps=7))
+    assert torch.equal(solution.value, z) and solution.steps.tolist() == [7] * 4
+    pushes = iter([torch.full((1, 4), 1.0), torch.full((1, 4), 0.01), torch.full((1, 4), 5.0)])
+    last = FixedHorizon(step=0.5, steps=2).solve(lambda _: next(pushes), torch.ones(1, 4))
+    assert torch.allclose(last.value, torch.full((1, 4), 1.505))  # the last iterate, although an earlier one was more settled
+
+
+def test_a_snapshot_is_the_most_settled_iterate_even_of_a_phase_that_explodes_later():
+    """A slow unstable mode under a fast stable one: the residual falls first, then grows without bound."""
+    def force(z):
+        return torch.stack([-z[:, 0], 0.5 * z[:, 1]], 1)
+
+    start, size = torch.tensor([[1.0, 1e-6]], dtype=torch.float64), lambda push, _: norm(push)
+    plain = Relaxation(step=0.5, max_steps=200, tol=0.0).solve(force, start, size)
+    taken = Snapshot(step=0.5, max_steps=200).solve(force, start, size)
+    assert plain.status is Status.DIVERGED and taken.status is Status.MAX_STEPS
+    assert taken.residual < 1e-4 and torch.equal(taken.value, plain.value)
+    hopeless = Snapshot(step=0.5, max_steps=200).solve(lambda z: 0.5 * z, start, size)
+    assert hopeless.status is Status.DIVERGED
+
+
+def test_a_warm_start_costs_no_step_where_the_state_is_already_settled():
+    model, inputs, _ = transformer()
+    solver = Relaxation(step=0.3, max_steps=500, tol=1e-6)
+    cold = model.settle(inputs, solver)
+    assert model.settle(inputs, solver, start=cold.value).steps.tolist() == [0] * 4
+    near = model.settle(inputs, solver, start=cold.value + 1e-3)
+    assert near.steps.max() < cold.steps.min()
+
+
+@pytest.mark.parametrize("kind", [Relaxation, Anderson, Snapshot, FixedHorizon])
+def test_complex_states_are_solved_like_pairs_of_real_ones(kind):
+    torch.manual_seed(0)
+    matrix = torch.randn(4, 4, dtype=torch.float64) * 0.2 - torch.eye(4)
+    drive = torch.randn(3, 4, dtype=torch.complex128)
+    solver = kind(step=0.5).limited(40)
+    both = solver.solve(lambda z: z @ matrix.T.to(z.dtype) + drive, torch.zeros_like(drive))
+    exact = -torch.linalg.solve(matrix.to(drive.dtype), drive.T).T
+    assert torch.allclose(both.value, exact, atol=1e-3) and not both.residual.is_complex()
 
 
 @pytest.mark.parametrize("values", [{"step": 0.0}, {"step": 3.0}, {"max_steps": 0}, {"tol": -1e-3}, {"tolerance": 1e-3}])

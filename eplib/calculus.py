@@ -1,0 +1,282 @@
+"""What a transformer block is made of, with its derivatives by hand.
+
+Every piece of the block (normalisation, attention, network) comes as a function that also takes complex states, which makes the
+holomorphic extension, and as a linearisation at a state that offers
+
+    product(v)      J v
+    transposed(u)   J^T u
+    contract(u)     gradient of <u, F> in the weights, for the read-out: outer products of quantities local to each weight
+
+Written by hand, each product costs about one force evaluation and keeps no graph. Under `torch.enable_grad` the products are
+differentiable in the weights, which is how a penalty on J v gets its gradient from a single backward pass.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+EPS = 1e-5  # of the normalisations, as torch.nn.LayerNorm has it
+GELU_SCALE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # tanh-GELU (Hendrycks & Gimpel 2016)
+
+
+class ShapeError(ValueError):
+    """A block that cannot be built: the message names the sizes and the rule they break."""
+
+
+def gelu(h: Tensor) -> Tensor:
+    """tanh-GELU(h) = h s(h), s a logistic function: with a pole wherever its argument is an odd multiple of i pi.
+
+    Without a graph the logistic form runs in one buffer: half the time of the library's tanh on a CPU.
+    """
+    if torch.is_grad_enabled() and not h.is_complex():
+        return functional.gelu(h, approximate="tanh")
+    return (h * h).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul_(h).sigmoid_().mul_(h)
+
+
+def gelu_slope(h: Tensor) -> Tensor:
+    """Derivative of tanh-GELU, elementwise."""
+    gate = (h * h).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul(h).sigmoid_()
+    return gate + gate * (1 - gate) * h * (GELU_SCALE + 3 * GELU_SCALE * GELU_CUBIC * h * h)
+
+
+def linear(layer: nn.Linear, a: Tensor) -> Tensor:
+    """layer(a); of a complex input the real and the imaginary part go through the real weights apart."""
+    if not a.is_complex():
+        return layer(a)
+    return torch.complex(layer(a.real), functional.linear(a.imag, layer.weight))
+
+
+def standardise(z: Tensor) -> tuple[Tensor, Tensor]:
+    """n = (z - mean) / sigma over the last dimension, and 1 / sigma (..., 1). The variance is not conjugated: holomorphic."""
+    centred = z - z.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS)
+    return centred * inverse, inverse
+
+
+def standardise_slope(v: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
+    """dn along v. The map v -> dn is symmetric, so this is its transpose as well."""
+    return inverse * (v - v.mean(-1, keepdim=True) - n * (n * v).mean(-1, keepdim=True))
+
+
+def normalise(layer: nn.LayerNorm, z: Tensor) -> Tensor:
+    """layer(z), for complex z too."""
+    return standardise(z)[0] * layer.weight + layer.bias if z.is_complex() else layer(z)
+
+
+def unit_rms(q: Tensor) -> tuple[Tensor, Tensor]:
+    """q / rms(q) over the last dimension, and 1 / rms (..., 1)."""
+    inverse = torch.rsqrt(q.square().mean(-1, keepdim=True) + EPS)
+    return q * inverse, inverse
+
+
+def unit_rms_slope(v: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
+    """Derivative of q / rms(q) along v; symmetric like `standardise_slope`."""
+    return inverse * (v - n * (n * v).mean(-1, keepdim=True))
+
+
+def split_heads(a: Tensor, heads: int) -> Tensor:
+    return a.unflatten(-1, (heads, -1)).transpose(-3, -2)  # (..., T, C) -> (..., H, T, D)
+
+
+def merge_heads(a: Tensor) -> Tensor:
+    return a.transpose(-3, -2).flatten(-2)  # (..., H, T, D) -> (..., T, C)
+
+
+def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(D)) (..., H, T, T); for complex q, k the ratio of exponentials, with a pole where their sum is zero."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if not scores.is_complex():
+        return scores.softmax(-1)
+    raised = (scores - scores.real.amax(-1, keepdim=True)).exp()
+    return raised / raised.sum(-1, keepdim=True)
+
+
+def outer(u: Tensor, a: Tensor) -> Tensor:
+    """Sum over all positions of u a^T: (..., n), (..., m) -> (n, m)."""
+    return u.flatten(0, -2).mT @ a.flatten(0, -2)
+
+
+def positions(u: Tensor) -> Tensor:
+    """Sum over all positions: (..., n) -> (n,)."""
+    return u.flatten(0, -2).sum(0)
+
+
+class Sublayers(nn.Module):
+    """Weights of one pre-LN transformer block: LayerNorm, causal or full multi-head attention, tanh-GELU network.
+
+    Shared by the equilibrium blocks and by the ordinary transformer, so that the two have the same parameters.
+    The output weights of both branches start at `init` times the usual 1/sqrt(fan-in), well inside the contractive region.
+    """
+
+    def __init__(self, width: int, heads: int, expansion: int, causal: bool, qk_norm: bool, init: float):
+        super().__init__()
+        if width % heads:
+            raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
+        self.width, self.heads, self.causal, self.qk_norm = width, heads, causal, qk_norm
+        self.ln1, self.ln2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.w1 = nn.Linear(width, expansion * width, bias=False)
+        self.w2 = nn.Linear(expansion * width, width, bias=False)
+        for layer, scale in ((self.qkv, 1.0), (self.wo, init), (self.w1, 1.0), (self.w2, init)):
+            nn.init.normal_(layer.weight, std=scale / math.sqrt(layer.in_features))
+
+    def attention(self, z: Tensor) -> Tensor:
+        """Attn(LN z), (..., T, C)."""
+        q, k, v = (split_heads(part, self.heads) for part in linear(self.qkv, normalise(self.ln1, z)).chunk(3, -1))
+        if self.qk_norm:
+            q, k = unit_rms(q)[0], unit_rms(k)[0]
+        if z.is_complex():
+            mixed = attention_weights(q, k, self.causal) @ v
+        else:
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return linear(self.wo, merge_heads(mixed))
+
+    def network(self, z: Tensor) -> Tensor:
+        """FFN(LN z), (..., T, C)."""
+        return linear(self.w2, gelu(linear(self.w1, normalise(self.ln2, z))))
+
+    def parallel(self, z: Tensor) -> Tensor:
+        """Attn(LN z) + FFN(LN z), the force of the equilibrium block."""
+        return self.attention(z) + self.network(z)
+
+    def sequential(self, z: Tensor) -> Tensor:
+        """One layer of the ordinary pre-LN transformer: z + Attn(LN z), then + FFN(LN of that)."""
+        z = z + self.attention(z)
+        return z + self.network(z)
+
+
+class AttentionSlope:
+    """Derivative of n -> Attn(n * gain + bias) at a standardised state n (..., T, C), everything direction-independent cached."""
+
+    def __init__(self, layers: Sublayers, n: Tensor):
+        self.layers, self.n = layers, n
+        self.a = n * layers.ln1.weight + layers.ln1.bias
+        q, k, self.v = (split_heads(part, layers.heads) for part in layers.qkv(self.a).chunk(3, -1))
+        self.q_inverse = self.k_inverse = None
+        if layers.qk_norm:
+            (q, self.q_inverse), (k, self.k_inverse) = unit_rms(q), unit_rms(k)
+        self.q, self.k, self.scale = q, k, 1 / math.sqrt(q.shape[-1])
+        self.weights = attention_weights(q, k, layers.causal)
+        self.mixed = self.weights @ self.v  # (..., H, T, D)
+
+    def product(self, dn: Tensor) -> Tensor:
+        layers = self.layers
+        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
+        if layers.qk_norm:
+            dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
+        ds = self.weights * ((dq @ self.k.mT + self.q @ dk.mT) * self.scale)  # (..., H, T, T)
+        # the softmax's slope is ds - weights * rowsum(ds), and weights @ v is known
+        return layers.wo(merge_heads(ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + self.weights @ dv))
+
+    def _back(self, u: Tensor) -> Tensor:
+        """From the output back to q, k, v side by side: (..., T, C) -> (..., T, 3 C)."""
+        do = split_heads(u @ self.layers.wo.weight, self.layers.heads)  # (..., H, T, D)
+        # rowsum(weights * (do v^T)) = <do, mixed>, a sum over D instead of T
+        ds = self.weights * (do @ self.v.mT - (do * self.mixed).sum(-1, keepdim=True)) * self.scale  # (..., H, T, T)
+        dq, dk, dv = ds @ self.k, ds.mT @ self.q, self.weights.mT @ do
+        if self.layers.qk_norm:
+            dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
+        return torch.cat([merge_heads(part) for part in (dq, dk, dv)], -1)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self._back(u) @ self.layers.qkv.weight * self.layers.ln1.weight
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        back = self._back(u)
+        da = back @ self.layers.qkv.weight
+        return {"ln1.weight": positions(da * self.n), "ln1.bias": positions(da), "qkv.weight": outer(back, self.a),
+                "wo.weight": outer(u, merge_heads(self.mixed))}
+
+
+class NetworkSlope:
+    """Derivative of n -> FFN(n * gain + bias) at a standardised state n (..., T, C)."""
+
+    def __init__(self, layers: Sublayers, n: Tensor):
+        self.layers, self.n = layers, n
+        self.hidden = layers.w1(n * layers.ln2.weight + layers.ln2.bias)  # (..., T, expansion C)
+        self.slope = gelu_slope(self.hidden)
+
+    def product(self, dn: Tensor) -> Tensor:
+        return self.layers.w2(self.layers.w1(dn * self.layers.ln2.weight) * self.slope)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return ((u @ self.layers.w2.weight) * self.slope) @ self.layers.w1.weight * self.layers.ln2.weight
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        dh = (u @ self.layers.w2.weight) * self.slope
+        da = dh @ self.layers.w1.weight
+        return {"ln2.weight": positions(da * self.n), "ln2.bias": positions(da),
+                "w1.weight": outer(dh, self.n * self.layers.ln2.weight + self.layers.ln2.bias),
+                "w2.weight": outer(u, gelu(self.hidden))}
+
+
+class ParallelSlope:
+    """Derivative of z -> Attn(LN z) + FFN(LN z) at a state (..., T, C)."""
+
+    def __init__(self, layers: Sublayers, z: Tensor):
+        self.n, self.inverse = standardise(z)
+        self.branches = AttentionSlope(layers, self.n), NetworkSlope(layers, self.n)
+
+    def product(self, v: Tensor) -> Tensor:
+        dn = standardise_slope(v, self.n, self.inverse)
+        return self.branches[0].product(dn) + self.branches[1].product(dn)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return standardise_slope(self.branches[0].transposed(u) + self.branches[1].transposed(u), self.n, self.inverse)
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        return self.branches[0].contract(u) | self.branches[1].contract(u)
+
+
+class SequentialSlope:
+    """Derivative of one ordinary pre-LN layer, z -> y = z + Attn(LN z) -> y + FFN(LN y), at its input (..., T, C)."""
+
+    def __init__(self, layers: Sublayers, z: Tensor):
+        self.first, self.second = standardise(z), standardise(z + layers.attention(z))
+        self.attention, self.network = AttentionSlope(layers, self.first[0]), NetworkSlope(layers, self.second[0])
+
+    def product(self, v: Tensor) -> Tensor:
+        v = v + self.attention.product(standardise_slope(v, *self.first))
+        return v + self.network.product(standardise_slope(v, *self.second))
+
+    def _middle(self, u: Tensor) -> Tensor:
+        return u + standardise_slope(self.network.transposed(u), *self.second)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        u = self._middle(u)
+        return u + standardise_slope(self.attention.transposed(u), *self.first)
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        return self.network.contract(u) | self.attention.contract(self._middle(u))
+
+
+class AutomaticSlope:
+    """J = dF/dz of any block by automatic differentiation, for blocks without a derivative by hand; one graph of depth one."""
+
+    def __init__(self, block: nn.Module, z: Tensor, x: Tensor):
+        self.block, self.z, self.x = block, z, x
+
+    def product(self, v: Tensor) -> Tensor:
+        at = self.z.expand_as(v).contiguous(), v.contiguous()  # no two entries of a dual tensor may share memory
+        return torch.func.jvp(lambda z: self.block(z, self.x), at[:1], at[1:])[1]
+
+    def transposed(self, u: Tensor) -> Tensor:
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            z = self.z.expand_as(u).detach().requires_grad_()
+            return torch.autograd.grad(self.block(z, self.x), z, u, create_graph=keep)[0]
+
+    def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradient of <u, F> in the block's weights by name, and in x."""
+        with torch.enable_grad():
+            x = self.x.detach().requires_grad_()
+            parameters = dict(self.block.named_parameters())
+            found = torch.autograd.grad((self.block(self.z, x) * u).sum(), [*parameters.values(), x], allow_unused=True,
+                                        materialize_grads=True)
+        return dict(zip(parameters, found, strict=False)), found[-1]
