@@ -7,12 +7,14 @@ import weakref
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .blocks import Dynamical
+from .calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
 from .estimators import BPTT, Adjoint, AsymEP, Estimator, Problem, gradient
 from .models import EquilibriumModel
 from .solvers import Solver
@@ -173,6 +175,32 @@ def non_reciprocity(jacobian: Tensor) -> NonReciprocity:
     s, a = (jacobian + jacobian.mT) / 2, (jacobian - jacobian.mT) / 2
     return NonReciprocity(torch.linalg.eigvals(jacobian).real.max().item(), torch.linalg.eigvalsh(s)[-1].item(),
                           (a.norm() / s.norm()).item(), torch.linalg.eigvals(torch.linalg.solve(s, a)).abs().max().item())
+
+
+@torch.no_grad()
+def singular_radii(model: EquilibriumModel, z: Tensor, v: Tensor) -> dict[str, float]:
+    """How far z + beta v (B, T, C) may go in the complex plane of beta before `EquilibriumBlock`'s force is singular: smallest |beta|.
+
+    LayerNorm: where a token's variance + eps is zero. tanh-GELU: where its logistic gate has a pole, 0.0447 h^3 + h = i pi / 1.596, the
+    hidden units moving linearly. Softmax: below this radius no denominator vanishes, since a sum of exponentials needs phases pi apart;
+    its zero lies further out. To first order in beta inside the block. The nearest of them bounds the radius of convergence.
+    """
+    layers = model.block.layers
+    zc, vc = z - z.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
+    a, b, c = (pair.mean(-1).to(torch.complex128) for pair in (vc * vc, 2 * zc * vc, zc * zc + EPS))
+    root = (b * b - 4 * a * c).sqrt()
+    radii = {"LayerNorm": torch.minimum(((-b + root) / (2 * a)).abs(), ((-b - root) / (2 * a)).abs()).min().item()}
+    n, inverse = standardise(z)
+    dn = standardise_slope(v, n, inverse)
+    hidden, moving = layers.w1(n * layers.ln2.weight + layers.ln2.bias), layers.w1(dn * layers.ln2.weight)
+    poles = torch.as_tensor(numpy.roots([GELU_CUBIC, 0, 1, -1j * math.pi / GELU_SCALE]))
+    radii["tanh-GELU"] = min(((pole - hidden) / moving).abs().min().item() for pole in poles)
+    q, k = (split_heads(part, layers.heads) for part in layers.qkv(n * layers.ln1.weight + layers.ln1.bias).chunk(3, -1)[:2])
+    dq, dk = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1)[:2])
+    slope = (dq @ k.mT + q @ dk.mT) / math.sqrt(q.shape[-1])  # (B, H, T, T), of the scores
+    future = torch.ones_like(slope, dtype=torch.bool).triu(1) if layers.causal else torch.zeros_like(slope, dtype=torch.bool)
+    spread = slope.masked_fill(future, -torch.inf).amax(-1) - slope.masked_fill(future, torch.inf).amin(-1)
+    return radii | {"softmax": math.pi / spread.max().item()}
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,19 @@ class LanguageModel(EquilibriumModel):
     @torch.no_grad()
     def generate(self, prompt: Tensor, tokens: int, solver: Solver, temperature: float = 0.8,
                  generator: torch.Generator | None = None) -> Tensor:
-        """Samples `tokens` ids after `prompt` (T,), settling the last `context` tokens for each; returns (T + tokens,)."""
+        """Samples `tokens` ids after `prompt` (T,), settling the last `context` tokens for each; returns (T + tokens,).
+
+        Until the window is full each settles from the states that its predecessor ended in.
+        """
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        ids = prompt
+        ids, state = prompt, None
         for _ in range(tokens):
-            state = self.settle(ids[None, -self.context:], solver).value
+            window = ids[None, -self.context:]
+            start = None
+            if state is not None and window.shape[1] > state.shape[-2]:
+                start = torch.cat([state, self.block.start(self.clamp(window))[..., -1:, :]], -2)
+            state = self.settle(window, solver, start).value
             logits = self.logits(self.block.output(state))[0, -1]
             ids = torch.cat([ids, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)])
         return ids

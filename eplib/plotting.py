@@ -31,6 +31,16 @@ METHODS: dict[str, tuple[str, str, Line]] = {
     "ep_uncontrolled": ("EP, no control", PALETTE[4], ":"),
     "implicit": ("implicit", PALETTE[9], "-."),
     "tracking": ("tracking", PALETTE[5], "-."),
+    "one_sided": ("one-sided", PALETTE[7], "--"),
+    "holomorphic4": ("holomorphic, N = 4", PALETTE[4], (0, (4, 1, 1, 1))),
+    "holomorphic8": ("holomorphic, N = 8", PALETTE[6], "-"),
+    "thick": ("Thick", PALETTE[1], "-"),
+    "thin": ("Thin", PALETTE[2], "--"),
+    "energy": ("Energy", PALETTE[4], "-."),
+    "monotone": ("Monotone", PALETTE[5], ":"),
+    "attractor": ("Attractor, backbone + head", PALETTE[0], "-"),
+    "layered": ("Layered, by EP", PALETTE[3], "-"),
+    "layered_backprop": ("its twin, by backprop", "#262626", "--"),
 }
 
 

@@ -288,12 +288,17 @@ def mean_loss(arms: dict[str, list[Run]], arm: str, metric: str = "loss") -> flo
     return None if not values or None in values else sum(values) / len(values)
 
 
-def paired(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> float | None:
-    """Mean over the seeds both arms have of the difference of a final metric; None if they share none."""
+def differences(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> list[float]:
+    """Differences of a final metric, seed by seed, over the seeds that both arms have and that ended with a finite value."""
     seeds = [{run.config.seed: run.metrics["final"][metric] for run in arms.get(arm, ())} for arm in (ours, theirs)]
-    differences = [seeds[0][seed] - seeds[1][seed] for seed in seeds[0]
-                   if seeds[0][seed] is not None and seeds[1].get(seed) is not None]
-    return sum(differences) / len(differences) if differences else None
+    return [seeds[0][seed] - seeds[1][seed] for seed in sorted(seeds[0])
+            if seeds[0][seed] is not None and seeds[1].get(seed) is not None]
+
+
+def paired(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> float | None:
+    """Mean of `differences`; None if the arms share no seed."""
+    found = differences(arms, ours, theirs, metric)
+    return sum(found) / len(found) if found else None
 
 
 def load_profile(profile: str, root: Path = ROOT) -> dict:

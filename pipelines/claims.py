@@ -14,7 +14,6 @@ Tests: min, max (inclusive), above, below (strict), equals, max_abs.
 
 from __future__ import annotations
 
-import argparse
 import math
 import operator
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, read_json, write_text
+from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, read_json, write_text
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "fails", "not decided", "not decided (missing)"
 TESTS = {
@@ -122,20 +121,10 @@ def line(claim: dict[str, Any]) -> str:
     return f"{claim['verdict']:22} {claim['id']:32} {shown}{claim['unit']} (asked: {claim['asked']})"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code. A claim that fails is a result, not an error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.claims", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--profile", required=True)
-    options = parser.parse_args(arguments)
-    try:
-        print("\n".join(line(claim) for claim in write(options.profile)))
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def show(profile: str) -> None:
+    """Write, and say what was written."""
+    print("\n".join(line(claim) for claim in write(profile)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(for_profile("claims", __doc__, show))

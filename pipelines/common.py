@@ -3,8 +3,11 @@ Imports no torch."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +56,17 @@ def load_profile(profile: str, root: Path = ROOT) -> dict[str, Any]:
 def notebook_names(root: Path = ROOT) -> list[str]:
     """The names of the notebooks in notebooks/, sorted."""
     return sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
+
+
+def for_profile(module: str, text: str, action: Callable[[str], int | None], arguments: list[str] | None = None) -> int:
+    """Entry point of `python -m pipelines.<module> --profile P`: calls action(P) and returns the exit code, 1 with the message
+    for a PipelineError. `text` is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{module}", description=text, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--profile", required=True)
+    try:
+        return action(parser.parse_args(arguments).profile) or 0
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        return 1

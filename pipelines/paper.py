@@ -9,7 +9,6 @@ paper/build/P/content.json, which is what is set.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, read_json, write_text
+from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, notebook_names, read_json, write_text
 
 PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
 
@@ -194,20 +193,10 @@ def write(profile: str, root: Path = ROOT) -> Path:
     return pdf
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--profile", required=True)
-    options = parser.parse_args(arguments)
-    try:
-        print(f"paper: {write(options.profile).relative_to(ROOT)}")
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def show(profile: str) -> None:
+    """Write, and say what was written."""
+    print(f"paper: {write(profile).relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(for_profile("paper", __doc__, show))

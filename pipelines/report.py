@@ -9,7 +9,6 @@ its pages.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import claims, paper
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, write_text
+from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, notebook_names, write_text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -245,20 +244,10 @@ def write(profile: str, root: Path = ROOT) -> Path:
     return index
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--profile", required=True)
-    options = parser.parse_args(arguments)
-    try:
-        print(f"report: {write(options.profile).relative_to(ROOT)}")
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def show(profile: str) -> None:
+    """Write, and say what was written."""
+    print(f"report: {write(profile).relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(for_profile("report", __doc__, show))

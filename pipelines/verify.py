@@ -9,12 +9,11 @@ piece by piece, may lack results. A claim that fails is a result, not an error.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from pipelines import claims, paper, report
-from pipelines.common import ROOT, PipelineError, load_profile, notebook_names
+from pipelines.common import ROOT, PipelineError, for_profile, load_profile, notebook_names
 
 
 def missing(profile: str, root: Path = ROOT) -> list[str]:
@@ -52,19 +51,5 @@ def verify(profile: str, root: Path = ROOT) -> int:
     return int(bool(lacking) and profile != "paper")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.verify", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--profile", required=True)
-    options = parser.parse_args(arguments)
-    try:
-        return verify(options.profile)
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(for_profile("verify", __doc__, verify))

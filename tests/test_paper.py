@@ -17,14 +17,15 @@ from pipelines.common import PipelineError
 
 ROOT = common.ROOT
 FIGURES = {
-    "gradients": ["F1"],
+    "gradients": ["F1", "F2", "F3"],
+    "architectures": [],
     "mnist": ["F4", "F5"],
     "shakespeare": ["F8", "F8b"],
     "campaign": ["F10", "X1"],
     "cost": ["F15"],
     "machine": ["F16"],
 }
-TABLES = {"gradients": ["T1"], "mnist": ["T2"], "shakespeare": ["T4"], "campaign": ["T6", "X1"], "cost": ["T8", "T8_times"]}
+TABLES = {"gradients": ["T1", "T1_operator", "F1_radius"], "architectures": ["T5"], "mnist": ["T2"], "shakespeare": ["T4"], "campaign": ["T6", "X1"], "cost": ["T8", "T8_times"]}
 
 
 @pytest.fixture

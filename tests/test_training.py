@@ -165,7 +165,7 @@ runs:
   tiny:
     - common: {data: {kind: Text, corpus: tinystories, validation: 0.02}, estimator: {kind: DyadicEP, steps: 4},
                model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}, optimiser: {ema: 0.9}, steps: 150,
-               batch: 4, solver: {step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}], evaluation_batches: 1}
+               batch: 4, solver: {kind: Relaxation, step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}], evaluation_batches: 1}
       arms: {ep: }
 """
 
