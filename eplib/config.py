@@ -33,7 +33,8 @@ def parse(kind: Any, values: dict, what: str) -> Any:
     except ValidationError as error:
         lines = [f"{what}: the configuration is not valid"]
         for item in error.errors(include_url=False):
-            where = ".".join(str(part) for part in item["loc"]) or "(whole)"
+            # a location names the member of a union too (solver.Relaxation.step); the reader's keys are in lower case
+            where = ".".join(str(part) for part in item["loc"] if not str(part)[:1].isupper()) or "(whole)"
             lines.append(f"  {where}: {item['msg']}; got {item['input']!r}")
         raise ConfigurationError("\n".join(lines)) from None
 

@@ -25,7 +25,7 @@ COMMON = """
       common:
         data: {kind: Text, corpus: tinystories, validation: 0.02}
         model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}
-        solver: {step: 0.8, max_steps: 4}
+        solver: {kind: Relaxation, step: 0.8, max_steps: 4}
         estimator: {kind: DyadicEP, steps: 3}
         steps: 2
         batch: 2
@@ -181,7 +181,7 @@ def test_source_digest_ignores_what_computes_nothing(tmp_path, monkeypatch):
     text = solvers.read_text()
     same = [text.replace('"""Euclidean norm of each sample: (B, ...) -> (B,)."""', '"""The norm."""'),
             text.replace("GROWTH = 1e3  #", "GROWTH = 1e3   # now"), "# first\n\n" + text.replace("\n\n\n", "\n\n\n\n"),
-            text.replace('"""Relaxation of a force', '"""Anew: # a\n\nrelaxation of a force'), text + "\n\n# end\n"]
+            text.replace('"""Solvers that take a force', '"""Anew: # a\n\nsolvers that take a force'), text + "\n\n# end\n"]
     other = [text.replace("GROWTH = 1e3", "GROWTH = 1e4"), text.replace("= 64", "= 65"),
              text.replace('"converged"', '"done"'), text + "\n\nEXTRA = '# not a comment'\n"]
     for changed, expected in [(t, True) for t in same] + [(t, False) for t in other]:
@@ -293,10 +293,10 @@ def test_merging_replaces_a_block_of_another_kind_and_completes_one_of_the_same(
     ("batch: 2.5", ["batch", "integer", "2.5"]),
     ("batch: 0", ["batch", "greater than or equal to 1", "0"]),
     ("batch: true", ["batch", "integer", "True"]),
-    ("solver: {step: 3.0}", ["solver.step", "less than or equal to 2", "3.0"]),
+    ("solver: {kind: Relaxation, step: 3.0}", ["solver.step", "less than or equal to 2", "3.0"]),
     ("estimator: {kind: Magic}", ["estimator", "DyadicEP", "Backprop", "Magic"]),
     ("estimator: {kind: Backprop}", ["Feedforward goes with Backprop"]),
-    ("data: {kind: Text, corpus: novels}", ["data.Text.corpus", "plays", "novels"]),
+    ("data: {kind: Text, corpus: novels}", ["data.corpus", "plays", "novels"]),
     ("penalties: [{target: 1.5}]", ["penalties.0.target", "less than 1", "1.5"]),
     ("arm: 'A b'", ["arm", "pattern", "A b"]),
 ])
