@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "__version__"]
 
 _LAZY = {"gradient": "estimators"}
-_MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics", "estimators", "horizons", "models", "plotting", "records", "solvers",
-            "spectra", "training")
+_MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics", "estimators", "horizons", "models",
+            "plotting", "records", "solvers", "spectra", "training")
 
 
 def __getattr__(name: str):

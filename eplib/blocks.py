@@ -9,8 +9,8 @@ learning; it offers
     output(z) -> h            (..., T, C), read out by the model
     linearise(z, x)           the Jacobian J = dF/dz at z: J v, J^T u, and the gradient of <u, F> in weights and x
 
-States are (..., T, C), or (..., L, T, C) for a stack of L layers: any number of leading dimensions, so that several trajectories
-run as one batch.
+States are (..., T, C), or (..., L, T, C) for a stack of L layers: any number of leading dimensions, so that several
+trajectories run as one batch.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor, nn
 
-from .calculus import EPS, AutomaticSlope, ParallelSlope, SequentialSlope, ShapeError, Sublayers, attention_weights, gelu, \
+from .calculus import AutomaticSlope, ParallelSlope, SequentialSlope, ShapeError, Sublayers, attention_weights, gelu, \
     merge_heads, split_heads, standardise, standardise_slope
 from .config import configuration
 
@@ -95,16 +95,16 @@ class StackJacobian:
         return torch.stack([*moved, torch.zeros_like(u[..., 0, :, :])], -3) - u
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        each = zip(self.layers, u.unbind(-3), strict=True)
-        grads = {f"stack.{i}.{name}": value for i, (layer, part) in enumerate(each) for name, value in layer.contract(part).items()}
+        each = (layer.contract(part) for layer, part in zip(self.layers, u.unbind(-3), strict=True))
+        grads = {f"stack.{i}.{name}": value for i, found in enumerate(each) for name, value in found.items()}
         return grads, self.layers[0].transposed(u[..., 0, :, :])
 
 
 class LayeredBlock(Dynamical):
     """An L-layer pre-LN transformer as one equilibrium state z = (z_1 .. z_L), F_l = layer_l(z_{l-1}) - z_l with z_0 = x.
 
-    J is block lower-triangular with -1 on the diagonal, so all its eigenvalues are -1: at step 1 the free phase is exact after L
-    sweeps and the adjoint after L more, and the corrected gradient is backpropagation's, layer by layer.
+    J is block lower-triangular with -1 on the diagonal, so all its eigenvalues are -1: at step 1 the free phase is exact after
+    L sweeps and the adjoint after L more, and the corrected gradient is backpropagation's, layer by layer.
     """
 
     def __init__(self, stack: list[Sublayers]):
@@ -129,7 +129,8 @@ class LayeredBlock(Dynamical):
 
 
 class FeedforwardBlock(Dynamical):
-    """A stack of ordinary pre-LN transformer blocks: the backprop baseline of the same shape, with the weights of `LayeredBlock`.
+    """A stack of ordinary pre-LN transformer blocks: the backprop baseline of the same shape, with the weights of
+    `LayeredBlock`.
 
     Its start state is its answer, F(z) = stack(x) - z is zero there, so every solver converges at once.
     """
@@ -150,7 +151,8 @@ class FeedforwardBlock(Dynamical):
 
 
 class AttractorBlock(EquilibriumBlock):
-    """A feedforward backbone proposes h; the equilibrium block, clamped to h, refines it to its fixed point (004, Attractor Models).
+    """A feedforward backbone proposes h; the equilibrium block, clamped to h, refines it to its fixed point (004, Attractor
+    Models).
 
     Relaxation starts from the proposal, so `solvers.FixedHorizon(steps=0)` evaluates the network with the solver removed.
     """
@@ -178,7 +180,8 @@ class Memory(nn.Module):
 
 
 class ThinBlock(Dynamical):
-    """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (002, "thin")."""
+    """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (002,
+    "thin")."""
 
     def __init__(self, width: int, heads: int, expansion: int, causal: bool, init: float, damping: float):
         super().__init__()
@@ -198,9 +201,10 @@ class ThinBlock(Dynamical):
 class EnergyBlock(Dynamical):
     """F = -dE/dz of E(z) = |z - x|^2 / 2 + c |z|^2 / 2 + E_attention(LN z) + E_memory(LN z) (002, the energy route of CET).
 
-    Softmax attention is the log-sum-exp energy -sqrt(D) sum_t log sum_s exp(q_t k_s / sqrt(D)), whose force ties the value to the key;
-    linear attention is -sum_st (f_s f_t)^2 / (4 D T) with features f = elu(W n) + 1. A symmetric J cannot be causal unless it is
-    diagonal in the tokens (J_ts = 0 for s > t, so J_st = 0 too): a causal block therefore takes its keys from the clamped input.
+    Softmax attention is the log-sum-exp energy -sqrt(D) sum_t log sum_s exp(q_t k_s / sqrt(D)), whose force ties the value to
+    the key; linear attention is -sum_st (f_s f_t)^2 / (4 D T) with features f = elu(W n) + 1. A symmetric J cannot be causal
+    unless it is diagonal in the tokens (J_ts = 0 for s > t, so J_st = 0 too): a causal block therefore takes its keys from the
+    clamped input.
     """
 
     def __init__(self, width: int, heads: int, expansion: int, causal: bool, linear: bool, init: float, damping: float):
@@ -220,7 +224,8 @@ class EnergyBlock(Dynamical):
             f = functional.elu(split_heads(self.wq(n), self.heads)) + 1
             attention = -(f @ f.mT).square().sum((-3, -2, -1)) / (4 * f.shape[-1] * f.shape[-2])
         else:
-            q, k = split_heads(self.wq(n), self.heads), split_heads(self.wk(standardise(x)[0] if self.causal else n), self.heads)
+            keys = self.wk(standardise(x)[0] if self.causal else n)
+            q, k = split_heads(self.wq(n), self.heads), split_heads(keys, self.heads)
             root = math.sqrt(q.shape[-1])
             scores = q @ k.mT / root
             if self.causal:
@@ -246,7 +251,8 @@ class EnergyBlock(Dynamical):
 
 
 class LinearAttentionBlock(Dynamical):
-    """F with the attention f(q) (f(k)^T v) / (f(q) sum f(k)), f = elu + 1 (Katharopoulos 2020), not causal: the MNIST reference (001)."""
+    """F with the attention f(q) (f(k)^T v) / (f(q) sum f(k)), f = elu + 1 (Katharopoulos 2020), not causal: the MNIST reference
+    (001)."""
 
     def __init__(self, layers: Sublayers, damping: float):
         super().__init__()
@@ -261,10 +267,11 @@ class LinearAttentionBlock(Dynamical):
 
 
 class MonotoneBlock(Dynamical):
-    """F(z) = -(z - x) + k/2 P(x) z V + k/2 W2 gelu(W1 z + b), contracting by construction (in the spirit of Winston & Kolter 2020).
+    """F(z) = -(z - x) + k/2 P(x) z V + k/2 W2 gelu(W1 z + b), contracting by construction (in the spirit of Winston & Kolter
+    2020).
 
-    P(x) are attention weights of the clamped input; V, and W2 W1 times the steepest slope of gelu, are scaled to spectral norm <= 1.
-    In the norm max_t |z_t| a row-stochastic P does not expand, so the last two terms have Lipschitz constant k < 1: every
+    P(x) are attention weights of the clamped input; V, and W2 W1 times the steepest slope of gelu, are scaled to spectral norm
+    <= 1. In the norm max_t |z_t| a row-stochastic P does not expand, so the last two terms have Lipschitz constant k < 1: every
     eigenvalue of J lies within k of -1, whatever the weights, and relaxation at step s <= 1 contracts by 1 - s (1 - k).
     """
 

@@ -85,7 +85,8 @@ def merge_heads(a: Tensor) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D)) (..., H, T, T); for complex q, k the ratio of exponentials, with a pole where their sum is zero."""
+    """softmax(q k^T / sqrt(D)) (..., H, T, T); for complex q, k the ratio of exponentials, with a pole where their sum is
+    zero."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
         future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
@@ -152,7 +153,8 @@ class Sublayers(nn.Module):
 
 
 class AttentionSlope:
-    """Derivative of n -> Attn(n * gain + bias) at a standardised state n (..., T, C), everything direction-independent cached."""
+    """Derivative of n -> Attn(n * gain + bias) at a standardised state n (..., T, C), everything direction-independent
+    cached."""
 
     def __init__(self, layers: Sublayers, n: Tensor):
         self.layers, self.n = layers, n

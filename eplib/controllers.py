@@ -26,11 +26,12 @@ class Outcome:
 class ContractionRate:
     """Penalty strength * mean_b relu(||(I + step J) v_b|| / ||v_b|| - target)^2 on a leading-mode probe v.
 
-    The relaxation that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first order,
-    for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products` products
-    v <- (I + step J) v. (A probe carried over from the last batch would have seen other sequences' Jacobians only.) The penalty is explicit in the weights, with z* and v held fixed, so its gradient is one
-    backward pass through J v. What it sees is logged as `rate_probe`: the growth of one real vector, which does not resolve a
-    complex pair; `spectra.contraction_rate` measures the spectral radius itself.
+    The relaxation that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first
+    order, for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products`
+    products v <- (I + step J) v. (A probe carried over from the last batch would have seen other sequences' Jacobians only.)
+    The penalty is explicit in the weights, with z* and v held fixed, so its gradient is one backward pass through J v. What it
+    sees is logged as `rate_probe`: the growth of one real vector, which does not resolve a complex pair;
+    `spectra.contraction_rate` measures the spectral radius itself.
     """
 
     kind: Literal["ContractionRate"] = "ContractionRate"

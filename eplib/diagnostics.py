@@ -31,8 +31,8 @@ def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for group, rows in zip(("Wq", "Wk", "Wv"), value.chunk(len(leaf)), strict=False):
                 parts.setdefault(group, []).append(rows.flatten())
         else:
-            group = {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1", "ln1": "LN", "ln2": "LN",
-                     "position": "embeddings", "embedding": "embeddings", "norm": "readout", "readout": "readout"}[leaf]
+            group = {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1",
+                     "ln1": "LN", "ln2": "LN", "position": "embeddings", "embedding": "embeddings", "norm": "readout", "readout": "readout"}[leaf]
             parts.setdefault(group, []).append(value.flatten())
     return {group: torch.cat(parts[group]) for group in GROUPS if group in parts}
 
@@ -94,12 +94,12 @@ def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z
     return total
 
 
-def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]], estimator: Estimator, horizons: tuple[int, int],
-                  solver: Solver, nudged: Solver) -> dict[str, float]:
+def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]], estimator: Estimator,
+                  horizons: tuple[int, int], solver: Solver, nudged: Solver) -> dict[str, float]:
     """Gradient triangulation (002): an estimator against BPTT at two horizons, and each against itself on another batch.
 
-    batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at the
-    two horizons) and the norm ratio estimator / BPTT; the self-cosines compare successive batches. An estimator whose phase
+    batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at
+    the two horizons) and the norm ratio estimator / BPTT; the self-cosines compare successive batches. An estimator whose phase
     diverged counts as NaN.
     """
     def flat(kind: Estimator, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
@@ -160,8 +160,8 @@ class LinearSystem(nn.Module):
 class NonReciprocity:
     """How far J is from symmetric: S = (J + J^T) / 2, A = (J - J^T) / 2.
 
-    abscissa: largest real part of the eigenvalues of J; below 0 small deviations die out in the end. numerical_abscissa: largest
-    eigenvalue of S; above 0 some grow first. asymmetry: ||A|| / ||S|| (Frobenius). rho: spectral radius of S^-1 A.
+    abscissa: largest real part of the eigenvalues of J; below 0 small deviations die out in the end. numerical_abscissa:
+    largest eigenvalue of S; above 0 some grow first. asymmetry: ||A|| / ||S|| (Frobenius). rho: spectral radius of S^-1 A.
     """
 
     abscissa: float
@@ -179,11 +179,13 @@ def non_reciprocity(jacobian: Tensor) -> NonReciprocity:
 
 @torch.no_grad()
 def singular_radii(model: EquilibriumModel, z: Tensor, v: Tensor) -> dict[str, float]:
-    """How far z + beta v (B, T, C) may go in the complex plane of beta before `EquilibriumBlock`'s force is singular: smallest |beta|.
+    """How far z + beta v (B, T, C) may go in the complex plane of beta before `EquilibriumBlock`'s force is singular: smallest
+    |beta|.
 
-    LayerNorm: where a token's variance + eps is zero. tanh-GELU: where its logistic gate has a pole, 0.0447 h^3 + h = i pi / 1.596, the
-    hidden units moving linearly. Softmax: below this radius no denominator vanishes, since a sum of exponentials needs phases pi apart;
-    its zero lies further out. To first order in beta inside the block. The nearest of them bounds the radius of convergence.
+    LayerNorm: where a token's variance + eps is zero. tanh-GELU: where its logistic gate has a pole, 0.0447 h^3 + h = i pi /
+    1.596, the hidden units moving linearly. Softmax: below this radius no denominator vanishes, since a sum of exponentials
+    needs phases pi apart; its zero lies further out. To first order in beta inside the block. The nearest of them bounds the
+    radius of convergence.
     """
     layers = model.block.layers
     zc, vc = z - z.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)

@@ -6,10 +6,10 @@ adjoint state a = -J^-T g the loss gradient is
     dL/dtheta = mean_b [ d/dtheta <a_b, F(z*_b; theta)> + dl_b/dtheta ]      (implicit function theorem)
 
 The estimators differ only in how they find a. The contrasting ones relax states z_k under F - beta_k g and combine them into
-a = -dz/dbeta at beta = 0: two points +-beta leave a bias O(beta^2) (Laborieux et al. 2021), N points on a complex circle of radius
-r one of O(r^N) (Laborieux & Zenke 2022). For J != J^T the plain field gives J^-1 instead of J^-T; the correction
--(J - J^T)(z - z*) repairs it (Scurria et al. 2026). All are matrix-free, and none stores a graph in a relaxation except BPTT and
-the forward mode, which are there to be compared with.
+a = -dz/dbeta at beta = 0: two points +-beta leave a bias O(beta^2) (Laborieux et al. 2021), N points on a complex circle of
+radius r one of O(r^N) (Laborieux & Zenke 2022). For J != J^T the plain field gives J^-1 instead of J^-T; the correction
+-(J - J^T)(z - z*) repairs it (Scurria et al. 2026). All are matrix-free, and none stores a graph in a relaxation except BPTT
+and the forward mode, which are there to be compared with.
 """
 
 import math
@@ -104,9 +104,9 @@ class Report:
 
     loss: mean loss at the free state, in nats. grads: {parameter name: tensor}, the gradient of the mean loss, or None if a
     phase diverged. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative to
-    the nudge). penalty_grads: gradient of the penalties, apart. measured: named scalars: `force_evaluations` (a product with J or
-    J^T counts as one), `displacement`, `asymmetry` ||J a - J^T a|| / ||J a||, and what the penalties saw. state: what must be
-    handed to the next call.
+    the nudge). penalty_grads: gradient of the penalties, apart. measured: named scalars: `force_evaluations` (a product with J
+    or J^T counts as one), `displacement`, `asymmetry` ||J a - J^T a|| / ||J a||, and what the penalties saw. state: what must
+    be handed to the next call.
     """
 
     loss: float
@@ -131,11 +131,12 @@ def _lanes(values: Tensor, like: Tensor) -> Tensor:
 
 def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
               cost: int) -> tuple[Adjoint, Tensor]:
-    """Relaxes z_k under F - beta_k g - correction, all as one batch (B, K, ...), and contrasts them: a = -Re sum_k w_k (z_k - z*).
+    """Relaxes z_k under F - beta_k g - correction, all as one batch (B, K, ...), and contrasts them: a = -Re sum_k w_k (z_k -
+    z*).
 
     nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
-    ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's own
-    residual, which moves all trajectories alike, drops out. Returns the final states as well.
+    ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's
+    own residual, which moves all trajectories alike, drops out. Returns the final states as well.
     """
     centre = problem.state.unsqueeze(1)  # (B, 1, ...)
     nudges, weights = _lanes(nudges, problem.state), _lanes(weights, problem.state)
@@ -229,22 +230,25 @@ class HolomorphicEP:
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         if not problem.model.block.holomorphic:
-            raise TypeError(f"{type(problem.model.block).__name__} has no complex extension; use blocks.Thick, or a real nudging")
+            raise TypeError(f"{type(problem.model.block).__name__} has no complex extension; use blocks.Thick, or a real nudge")
         half = self.points // 2
         centre = problem.state.unsqueeze(1)
         jacobian = problem.linearise(centre)
         turns = torch.arange(half + 1, dtype=torch.float64) / self.points  # upper half: 0, 1/N, .. 1/2
         circle = torch.polar(torch.ones_like(turns), 2 * math.pi * turns)
         circle[0], circle[half] = 1, -1  # exactly real, so that their states stay so
-        double = torch.where((turns == 0) | (turns == 0.5), 1, 2).to(torch.float64)  # a conjugate pair counts twice, in its real part
+        # a conjugate pair counts twice, in its real part
+        double = torch.where((turns == 0) | (turns == 0.5), 1, 2).to(torch.float64)
         dtype = torch.promote_types(problem.state.dtype, torch.complex32)
         nudges, weights = ((value[None]).to(problem.state.device, dtype) for value in (
             self.beta * circle, double * circle.conj() / (self.points * self.beta)))
-        found, states = _contrast(problem, nudges, weights, solver, lambda z: _asymmetric(jacobian, z - centre), cost=6 * (half + 1))
+        found, states = _contrast(problem, nudges, weights, solver, lambda z: _asymmetric(jacobian, z - centre),
+                                  cost=6 * (half + 1))
         moved = torch.stack([norm(one) for one in (states - centre).unbind(1)]).amax(0).clamp_min(torch.finfo(dtype).tiny)
         mean = (_lanes(double.to(problem.state)[None], problem.state) * states.real).sum(1) / self.points
         leak = norm(torch.cat([states[:, 0].imag, states[:, half].imag], 1))
-        measured = {"aliasing": (norm(mean - problem.state) / moved).max().item(), "imaginary_leakage": (leak / moved).max().item()}
+        measured = {"aliasing": (norm(mean - problem.state) / moved).max().item(),
+                    "imaginary_leakage": (leak / moved).max().item()}
         return Adjoint(found.value, found.phase, found.displacement, found.evaluations, measured)
 
 
@@ -325,7 +329,8 @@ class Implicit:
 
 @configuration
 class OneStep:
-    """One-step gradient: J^-T taken as -1, a = g; backpropagation through the last application of the block only (Fung et al. 2022)."""
+    """One-step gradient: J^-T taken as -1, a = g; backpropagation through the last application of the block only (Fung et al.
+    2022)."""
 
     kind: Literal["OneStep"] = "OneStep"
     steps: Literal[1] = 1
@@ -365,7 +370,8 @@ Estimator = Annotated[VectorField | AsymEP | HolomorphicEP | Tracking | DyadicEP
 
 
 def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
-             nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None, start: Tensor | None = None) -> Report:
+             nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None,
+             start: Tensor | None = None) -> Report:
     """Gradient of the mean loss over the batch, with the sign, scale and reduction of torch.autograd.
 
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
@@ -416,7 +422,8 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
 
 
 def _asymmetry(jacobian: Any, v: Tensor) -> float:
-    """||J v - J^T v|| / ||J v||, the largest of the batch; v is the adjoint state, the direction that the correction acts on."""
+    """||J v - J^T v|| / ||J v||, the largest of the batch; v is the adjoint state, the direction that the correction acts
+    on."""
     moved = jacobian.product(v)
     return (norm(moved - jacobian.transposed(v)) / norm(moved).clamp_min(torch.finfo(v.dtype).tiny)).max().item()
 
@@ -424,8 +431,8 @@ def _asymmetry(jacobian: Any, v: Tensor) -> float:
 def _read_out(problem: Problem, adjoint: Tensor | None) -> tuple[float, dict[str, Tensor] | None]:
     """The loss at the free state, and d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b.
 
-    The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each weight.
-    Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
+    The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each
+    weight. Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
     """
     model, batch = problem.model, problem.state.shape[0]
     with torch.enable_grad():

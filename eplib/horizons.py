@@ -1,4 +1,5 @@
-"""Gradients of the loss after a finite number of solver steps, settled or not: what equilibrium propagation is compared with."""
+"""Gradients of the loss after a finite number of solver steps, settled or not: what equilibrium propagation is compared
+with."""
 
 from typing import Annotated, Literal
 
@@ -38,8 +39,9 @@ class BPTT:
 
 @configuration
 class ForwardMode:
-    """The same finite-horizon gradient by forward-mode differentiation, one tangent for each parameter (real-time recurrent learning,
-    Williams & Zipser 1989). Nothing is stored over time, but the cost grows with the number of parameters: small systems only."""
+    """The same finite-horizon gradient by forward-mode differentiation, one tangent for each parameter (real-time recurrent
+    learning, Williams & Zipser 1989). Nothing is stored over time, but the cost grows with the number of parameters: small
+    systems only."""
 
     kind: Literal["ForwardMode"] = "ForwardMode"
     steps: Steps = 64

@@ -43,7 +43,8 @@ class EquilibriumModel(nn.Module):
         return self.loss_of(self.logits(h), targets)
 
     def settle(self, inputs: Tensor, solver: Solver, start: Tensor | None = None) -> Solution:
-        """The free phase: takes the clamped block to its fixed point, without a graph, from `start` (by default the block's)."""
+        """The free phase: takes the clamped block to its fixed point, without a graph, from `start` (by default the
+        block's)."""
         with torch.no_grad():
             x = self.clamp(inputs)
             return solver.solve(lambda z: self.block(z, x), self.block.start(x) if start is None else start)

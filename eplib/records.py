@@ -35,7 +35,8 @@ from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, buil
     write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ("blocks", "calculus", "config", "controllers", "data", "estimators", "horizons", "models", "solvers", "spectra", "training")
+SOURCE = ("blocks", "calculus", "config", "controllers", "data", "estimators", "horizons", "models", "solvers",
+          "spectra", "training")
 CONVERGED = Relaxation(step=0.8, max_steps=150, tol=1e-4)  # "at the converged fixed point"
 
 

@@ -92,7 +92,8 @@ class _Solver:
     @torch.no_grad()
     def solve(self, force: Callable[[Tensor], Tensor], start: Tensor,
               measure: Callable[[Tensor, Tensor], Tensor] = relative_force) -> Solution:
-        """Takes `force` from `start` (B, ...) to its zero without storing a graph; `measure(force, state)` gives the residual (B,).
+        """Takes `force` from `start` (B, ...) to its zero without storing a graph; `measure(force, state)` gives the residual
+        (B,).
 
         A sample whose state norm or residual grows a thousandfold is frozen as diverged: an explosion otherwise looks
         converged once step * F falls below the float spacing of z. A non-finite residual freezes the sample as well.
@@ -152,8 +153,8 @@ class Anderson(_Solver):
     """Anderson acceleration of the same iteration, sample by sample (Walker & Ni 2011, type II).
 
     The next state combines the last `memory` differences so that the extrapolated force is smallest in norm; on a linear phase
-    this is GMRES. A sample whose residual rises to ten times its lowest falls back: to its best state, and on from there by plain
-    relaxation to the end. `Solution.fallbacks` counts them.
+    this is GMRES. A sample whose residual rises to ten times its lowest falls back: to its best state, and on from there by
+    plain relaxation to the end. `Solution.fallbacks` counts them.
     """
 
     kind: Literal["Anderson"] = "Anderson"
@@ -176,8 +177,8 @@ class Anderson(_Solver):
 
 @configuration
 class FixedHorizon(_Solver):
-    """Exactly `steps` Euler steps for every sample, no early stop; the last iterate, settled or not. Zero steps evaluate the start
-    state, the solver removed."""
+    """Exactly `steps` Euler steps for every sample, no early stop; the last iterate, settled or not. Zero steps evaluate the
+    start state, the solver removed."""
 
     kind: Literal["FixedHorizon"] = "FixedHorizon"
     step: Step = 0.5
@@ -195,10 +196,11 @@ class FixedHorizon(_Solver):
 
 @configuration
 class Snapshot(_Solver):
-    """Euler through all `max_steps`, and the most settled iterate in hindsight (002, "adaptive T2 by hindsight snapshot selection").
+    """Euler through all `max_steps`, and the most settled iterate in hindsight (002, "adaptive T2 by hindsight snapshot
+    selection").
 
-    In a nudged phase the residual is that of the contrast, which is its increment over the step, not the size of a step. A sample
-    that explodes later keeps its snapshot; one that never settled below its first residual has diverged.
+    In a nudged phase the residual is that of the contrast, which is its increment over the step, not the size of a step. A
+    sample that explodes later keeps its snapshot; one that never settled below its first residual has diverged.
     """
 
     kind: Literal["Snapshot"] = "Snapshot"
@@ -242,9 +244,10 @@ class _Differences:
         return stalled
 
     def correction(self, push: Tensor, step: float) -> Tensor:
-        """What the plain step is to be corrected by, (B, n): sum_i gamma_i (dz_i + step df_i), gamma minimising |f - sum gamma_i df_i|."""
+        """What the plain step is to be corrected by, (B, n): sum_i gamma_i (dz_i + step df_i), gamma minimising |f - sum
+        gamma_i df_i|."""
         dz, df = self.states[:, :self.length], self.pushes[:, :self.length]
-        size = df.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(push.dtype).tiny)  # each difference in its own unit: they shrink
+        size = df.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(push.dtype).tiny)  # units of each: they shrink
         unit = df / size
         gram, right = (unit @ unit.mT).double(), (unit @ push.unsqueeze(-1)).double()  # (B, m, m), (B, m, 1)
         damping = torch.finfo(push.dtype).eps ** DAMPING * torch.eye(self.length, dtype=gram.dtype, device=gram.device)

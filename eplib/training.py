@@ -92,11 +92,11 @@ class Optimiser:
 class RunConfig:
     """One training run. Its digest names it in the run store, so every value here is part of its identity.
 
-    experiment, arm: what the run is for; the name adds learning rate and seed.
-    gate: free residual (max over the batch) above which the step is a recovery step: the penalties' gradient alone is applied.
-    evaluate_every: steps between evaluations during training, on `evaluation_batches` validation batches; the whole split is
-    evaluated at the end. keep: steps after which the weights are kept, besides the last. audit_every: steps between audits of the
-    linear response, in which the same gradient is computed by two trajectories and the cosine of the two is logged.
+    experiment, arm: what the run is for; the name adds learning rate and seed. gate: free residual (max over the batch) above
+    which the step is a recovery step: the penalties' gradient alone is applied. evaluate_every: steps between evaluations
+    during training, on `evaluation_batches` validation batches; the whole split is evaluated at the end. keep: steps after
+    which the weights are kept, besides the last. audit_every: steps between audits of the linear response, in which the same
+    gradient is computed by two trajectories and the cosine of the two is logged.
     """
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -131,7 +131,8 @@ class RunConfig:
         if any(step > self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
         if self.audit_every and not isinstance(self.estimator, DyadicEP):
-            raise ValueError(f"audit_every compares DyadicEP with its two-trajectory form; the estimator is {self.estimator.kind}")
+            raise ValueError("audit_every compares DyadicEP with its two-trajectory form; the estimator is "
+                             f"{self.estimator.kind}")
         return self
 
 
@@ -383,19 +384,21 @@ class Trainer:
             "rate_probe": report.measured.get("rate_probe", math.nan), "penalty": report.measured.get("penalty", math.nan),
             "displacement": report.measured.get("displacement", math.nan),
             "asymmetry": report.measured.get("asymmetry", math.nan), "audit_cosine": cosine,
-            "fallbacks": report.free.fallbacks + (report.nudged.fallbacks if report.nudged else 0), "gradient_norm": norm, "lr": rate,
+            "fallbacks": report.free.fallbacks + (report.nudged.fallbacks if report.nudged else 0),
+            "gradient_norm": norm, "lr": rate,
             "gated": int(gated), "skipped": int(not (math.isfinite(norm) and known)), "status": report.status.value,
             "force_evaluations": report.measured["force_evaluations"] + extra})
 
     def _audit(self, inputs: Tensor, targets: Tensor, grads: dict[str, Tensor] | None) -> tuple[float, int]:
-        """Cosine between the step's gradient and that of two trajectories, over block and embeddings, and its force evaluations."""
+        """Cosine between the step's gradient and that of two trajectories, over block and embeddings, and its force
+        evaluations."""
         config = self.config
         kind = AsymEP(beta=config.estimator.beta, steps=config.estimator.steps)
         other = gradient(self.model, inputs, targets, estimator=kind, solver=config.solver, nudged=config.nudged)
         cosine = math.nan
         if grads is not None and other.grads is not None:
-            ours, theirs = (torch.cat([value.flatten() for name, value in part.items() if name.split(".")[0] not in ("norm", "readout")])
-                            for part in (grads, other.grads))
+            ours, theirs = (torch.cat([value.flatten() for name, value in part.items()
+                                       if name.split(".")[0] not in ("norm", "readout")]) for part in (grads, other.grads))
             cosine = torch.cosine_similarity(ours.double(), theirs.double(), dim=0).item()
         return cosine, other.measured["force_evaluations"]
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pipelines import claims, paper, report
-from pipelines.common import ROOT, PipelineError, for_profile, load_profile, notebook_names
+from pipelines.common import ROOT, for_profile, load_profile, notebook_names
 
 
 def missing(profile: str, root: Path = ROOT) -> list[str]:

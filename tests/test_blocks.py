@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from eplib import blocks, calculus, models
-from eplib.diagnostics import dense_jacobian
 from eplib.solvers import FixedHorizon, Relaxation
 from systems import TIGHT, transformer
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import eplib
 from eplib import blocks, controllers, estimators, models
 from eplib.blocks import Jacobian
-from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, dense_jacobian, non_reciprocity
+from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
 from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status
 from systems import TIGHT, linear_batch, linear_system, transformer
 
