@@ -10,8 +10,8 @@ from systems import TIGHT, transformer
 
 EQUILIBRIUM = [blocks.Thick(init=1.0, damping=0.3), blocks.Thick(init=1.0, qk_norm=True), blocks.Layered(layers=3, init=1.0),
                blocks.Attractor(layers=2, init=1.0), blocks.Thin(init=1.0), blocks.Energy(init=1.0), blocks.Monotone()]
-IMAGE = [blocks.Thick(init=1.0, causal=False), blocks.Layered(layers=2, init=1.0, causal=False), blocks.Thin(init=1.0, causal=False),
-         blocks.Energy(init=1.0, causal=False), blocks.Monotone(causal=False), blocks.LinearAttention(init=1.0),
+IMAGE = [blocks.Thick(init=1.0, causal=False), blocks.Layered(layers=2, init=1.0, causal=False),
+         blocks.Thin(init=1.0, causal=False), blocks.Energy(init=1.0, causal=False), blocks.Monotone(causal=False), blocks.LinearAttention(init=1.0),
          blocks.LinearAttention(init=1.0, symmetric=True)]
 CONSERVATIVE = [blocks.Energy(init=1.0), blocks.Energy(init=1.0, causal=False, damping=0.5),
                 blocks.LinearAttention(init=1.0, symmetric=True)]
@@ -36,7 +36,7 @@ def system(config, samples=2, tokens=5, width=8, heads=2):
 
 @pytest.mark.parametrize("config", EQUILIBRIUM + IMAGE, ids=name)
 def test_products_and_contraction_are_those_of_automatic_differentiation(config):
-    """J v and J^T u against the dense Jacobian, <u, F> in every weight and in x against autograd, whoever wrote the derivative."""
+    """J v and J^T u against the dense Jacobian; <u, F> in every weight and in x against autograd."""
     block, x, z = system(config)
     v, u = torch.randn_like(z), torch.randn_like(z)
     with torch.no_grad():
@@ -107,7 +107,8 @@ def test_the_bound_on_the_spectral_norm_is_one_and_tight():
 
 def test_layered_is_the_ordinary_transformer_after_as_many_sweeps_as_layers():
     torch.manual_seed(1)
-    layered, plain = (config.build(8, 2, 5).double() for config in (blocks.Layered(layers=4, init=1.0), blocks.Feedforward(layers=4)))
+    layered = blocks.Layered(layers=4, init=1.0).build(8, 2, 5).double()
+    plain = blocks.Feedforward(layers=4).build(8, 2, 5).double()
     plain.load_state_dict(layered.state_dict())  # weight for weight, by the same names
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     with torch.no_grad():
@@ -141,15 +142,17 @@ def test_the_complex_extension_is_holomorphic_and_real_on_the_real_axis():
             assert torch.allclose(stepped.imag / h, block.linearise(z, x).product(v), rtol=1e-10, atol=1e-10)
             w = torch.complex(z, 0.3 * v)
             assert torch.allclose(block(w.conj(), x), block(w, x).conj(), rtol=1e-12)
-            around = [block(w + 0.2 * unit, x) for unit in (1, 1j, -1, -1j)]  # the mean over a circle is the value at its centre
+            # the mean over a circle is the value at its centre
+            around = [block(w + 0.2 * unit, x) for unit in (1, 1j, -1, -1j)]
             assert torch.allclose(sum(around) / 4, block(w, x), rtol=2e-2, atol=2e-2)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans(), st.booleans(),
        st.sampled_from([torch.float32, torch.float64]), st.integers(1, 2), st.randoms(use_true_random=False))
-def test_products_are_adjoint_and_batches_permute_for_any_shape(samples, tokens, heads, causal, qk_norm, strided, dtype, threads, random):
-    """<u, J v> = <J^T u, v>; a permuted batch gives the permuted result; non-contiguous inputs and thread counts change nothing."""
+def test_products_are_adjoint_and_batches_permute_for_any_shape(samples, tokens, heads, causal, qk_norm, strided, dtype, threads,
+                                                                random):
+    """<u, J v> = <J^T u, v>; a permuted batch gives the permuted result, whatever the memory layout and the thread count."""
     torch.manual_seed(random.randint(0, 999))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -211,7 +214,8 @@ def test_the_feedforward_baseline_has_the_same_parameters():
     assert plain(plain.start(x), x).abs().max() == 0
 
 
-@pytest.mark.parametrize("config", [blocks.Thick(), blocks.Energy(), blocks.Thin(), blocks.Monotone(), blocks.Layered()], ids=name)
+@pytest.mark.parametrize("config", [blocks.Thick(), blocks.Energy(), blocks.Thin(), blocks.Monotone(), blocks.Layered()],
+                         ids=name)
 def test_heads_must_divide_the_width(config):
     with pytest.raises(calculus.ShapeError, match="width 18 is not a multiple of heads 4"):
         config.build(width=18, heads=4, context=8)

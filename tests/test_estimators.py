@@ -54,7 +54,8 @@ def test_the_inexact_estimators_fail_that_proof(estimator):
                                        estimators.HolomorphicEP(beta=1e-2)], ids=name)
 def test_any_solver_serves_any_nudged_phase(estimator, nudged):
     model, inputs, targets = transformer(init=0.5)
-    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=Anderson(max_steps=200, tol=1e-12), nudged=nudged)
+    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=Anderson(max_steps=200, tol=1e-12),
+                            nudged=nudged)
     truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
     for group, value in agreement(report.grads, truth).items():
         assert value.cosine > 0.99999 and abs(value.ratio - 1) < 1e-4, (group, value)
@@ -272,10 +273,11 @@ def test_the_reported_asymmetry_and_displacement_are_those_of_the_dense_system()
 
 
 def test_the_correction_does_not_need_rho_below_one():
-    """A at a fixed spectrum, t above its diagonal: rho(S^-1 A) passes 1, and only the vector field and its Neumann series mind."""
+    """A triangle t above a fixed diagonal: rho(S^-1 A) passes 1 at a fixed spectrum, and only the vector field minds."""
     (inputs, targets), found = linear_batch(), {}
     for t in (0.0, 1.0, 4.0):
-        matrix = torch.diag(torch.linspace(-1.5, -0.8, 6, dtype=torch.float64)) + t * torch.ones(6, 6, dtype=torch.float64).triu(1)
+        spectrum, triangle = torch.linspace(-1.5, -0.8, 6, dtype=torch.float64), torch.ones(6, 6, dtype=torch.float64).triu(1)
+        matrix = torch.diag(spectrum) + t * triangle
         model = LinearSystem(matrix, torch.eye(6, 4, dtype=torch.float64))
         truth = model.closed_form(inputs, targets)
         reports = [eplib.gradient(model, inputs, targets, estimator=e, solver=Relaxation(step=0.5, max_steps=4000, tol=1e-12),
@@ -289,12 +291,13 @@ def test_the_correction_does_not_need_rho_below_one():
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2]), st.booleans(), st.sampled_from([torch.float32, torch.float64]),
-       st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2]), st.booleans(),
+       st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
 def test_any_shape_and_precision_gives_the_implicit_gradient(samples, tokens, heads, causal, dtype, seed):
     """The hand-written path against autograd's J^T and autograd's read-out, batch of one and context of one included."""
     torch.manual_seed(seed)
-    model = models.LanguageModel(vocab=5, width=4, heads=heads, context=tokens, block=blocks.Thick(causal=causal, init=0.5)).to(dtype)
+    block = blocks.Thick(causal=causal, init=0.5)
+    model = models.LanguageModel(vocab=5, width=4, heads=heads, context=tokens, block=block).to(dtype)
     inputs, targets = (torch.randint(5, (tokens, samples)).T for _ in range(2))  # not contiguous
     tol = 1e-5 if dtype == torch.float32 else 1e-11
     solver = Relaxation(step=0.5, max_steps=200, tol=tol)
@@ -344,7 +347,8 @@ def test_a_mean_over_samples_does_not_depend_on_the_batch_size():
 
 @pytest.mark.parametrize("estimator", [estimators.VectorField, estimators.AsymEP, estimators.Tracking, estimators.DyadicEP,
                                        lambda steps: estimators.DyadicEP(steps=steps, held=False), estimators.Implicit,
-                                       estimators.HolomorphicEP, lambda steps: estimators.AsymEP(steps=steps, nudging="random-sign"),
+                                       estimators.HolomorphicEP,
+                                       lambda steps: estimators.AsymEP(steps=steps, nudging="random-sign"),
                                        lambda steps: estimators.OneStep(), lambda steps: estimators.FeedbackAlignment(),
                                        lambda steps: estimators.BPTT(steps=steps, window=2)])
 def test_peak_memory_is_flat_in_the_number_of_steps(estimator):

@@ -108,8 +108,10 @@ class Clock(SimpleNamespace):
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimiser": Optimiser(lr=1e-2, ema=0.9, weight_decay=0.1)},
-                                     IMAGES | {"optimiser": Optimiser(lr=1e-2, ema=0.9)}, BACKPROP],
-                         ids=["text", "text-ema", "images-ema", "backprop"])
+                                     IMAGES | {"optimiser": Optimiser(lr=1e-2, ema=0.9)}, BACKPROP,
+                                     {"estimator": estimators.AsymEP(steps=4, nudging="random-sign")},
+                                     {"estimator": estimators.FeedbackAlignment()}],
+                         ids=["text", "text-ema", "images-ema", "backprop", "random-signs", "feedback-matrix"])
 def test_a_run_out_of_time_goes_on_bit_identical(changes, corpus, tmp_path, monkeypatch):
     run = config(**changes)
     whole, pieces = (make_root(tmp_path / name, corpus) for name in ("whole", "pieces"))
@@ -165,7 +167,8 @@ runs:
   tiny:
     - common: {data: {kind: Text, corpus: tinystories, validation: 0.02}, estimator: {kind: DyadicEP, steps: 4},
                model: {width: 8, heads: 2, context: 8, block: {kind: Thick}}, optimiser: {ema: 0.9}, steps: 150,
-               batch: 4, solver: {kind: Relaxation, step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}], evaluation_batches: 1}
+               batch: 4, solver: {kind: Relaxation, step: 0.8, max_steps: 4}, penalties: [{kind: ContractionRate}],
+               evaluation_batches: 1}
       arms: {ep: }
 """
 
@@ -313,6 +316,7 @@ def test_both_blocks_start_from_equal_weights(kind, corpus):
     ({"model": BACKPROP["model"]}, "Feedforward goes with Backprop"),
     ({"data": Mnist()}, "block.causal must be true for Text"),
     ({"keep": (2, 7)}, r"keep \(2, 7\) names a step after the last, 6"),
+    ({"estimator": estimators.AsymEP(), "audit_every": 2}, "audit_every compares DyadicEP .* the estimator is AsymEP"),
 ])
 def test_parts_of_a_configuration_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -432,6 +436,29 @@ def test_the_log_has_every_promised_column_and_the_three_rates_apart(root):
     assert "rate_arnoldi" not in flat.curve and flat.metrics["rate_arnoldi"] is None and "converged" not in flat.metrics
 
 
+def test_an_audit_compares_the_linear_response_with_two_trajectories(root, tmp_path):
+    """The cosine is logged at the audited steps, its cost is counted, and the training is not touched."""
+    tight = {"solver": Relaxation(step=0.8, max_steps=40, tol=1e-5), "nudged": Relaxation(step=0.8, max_steps=40, tol=1e-4)}
+    plain, audited = (Trainer(config(**tight, audit_every=every), tmp_path / str(every), root / "data") for every in (None, 3))
+    rows, others = plain.advance().rows, audited.advance().rows
+    assert [math.isnan(row["audit_cosine"]) for row in others] == [True, True, False] * 2
+    assert all(row["audit_cosine"] > 0.999 for row in others[2::3])
+    assert [row["loss"] for row in rows] == [row["loss"] for row in others]
+    assert others[2]["force_evaluations"] > rows[2]["force_evaluations"] and others[1] | {"audit_cosine": 0} == \
+        rows[1] | {"audit_cosine": 0}
+
+
+@pytest.mark.parametrize("block", [blocks.Layered(layers=2), blocks.Attractor(), blocks.Thin(), blocks.Energy(),
+                                   blocks.Monotone()], ids=lambda block: block.kind)
+def test_every_architecture_trains_under_the_penalty_and_is_evaluated(block, root):
+    run = Store("x", root).run(config(model=Architecture(width=8, heads=2, context=8, block=block),
+                                      solver=Relaxation(step=0.8, max_steps=30, tol=1e-3), optimiser=Optimiser(lr=1e-2),
+                                      steps=40, evaluate_every=20, keep=()))
+    assert run.curve["loss"][-1] < run.curve["loss"][0]
+    assert run.metrics["converged"]["residual_max"] < 1e-3 and np.isfinite(run.log["asymmetry"]).all()
+    assert np.isfinite(run.log["rate_probe"]).all()
+
+
 def test_excursions_are_steps_above_a_tenth_and_not_finite_ones(root, tmp_path):
     trainer = Trainer(config(), tmp_path, root / "data")
     progress = trainer.advance()
@@ -485,6 +512,21 @@ def test_generation_is_deterministic_keeps_the_prompt_and_outgrows_the_context(r
             model.generate(prompt, 1, run.config.solver, temperature)
     with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
         model.clamp(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_generation_starts_each_window_from_the_states_it_has(root, tmp_path, monkeypatch):
+    """Until the window is full a new token starts from its predecessors' states; what is settled is the same fixed point."""
+    trainer = Trainer(config(), tmp_path, root / "data")
+    tight, starts = Relaxation(step=0.8, max_steps=100, tol=1e-6), []
+    settle = trainer.model.settle
+    monkeypatch.setattr(trainer.model, "settle", lambda inputs, solver, start=None: starts.append(
+        settle(inputs, solver, start).steps.item()) or settle(inputs, solver, start))
+    ids = trainer.model.generate(torch.arange(3), 7, tight, temperature=1e-6)
+    cold = [settle(ids[None, max(0, n - 8):n], tight).steps.item() for n in range(3, 10)]
+    assert starts[0] == cold[0] and all(warm <= anew for warm, anew in zip(starts[1:6], cold[1:6], strict=True))
+    assert sum(starts[1:6]) < sum(cold[1:6])
+    assert starts[6] == cold[6]  # the window slides: every token has moved to another position
+    assert all(ids[n] == trainer.model.logits(settle(ids[None, :n], tight).value)[0, -1].argmax() for n in range(3, 9))
 
 
 def test_a_cold_sample_takes_the_likeliest_token(root, tmp_path):
