@@ -32,7 +32,8 @@ def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 parts.setdefault(group, []).append(rows.flatten())
         else:
             group = {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1",
-                     "ln1": "LN", "ln2": "LN", "position": "embeddings", "embedding": "embeddings", "norm": "readout", "readout": "readout"}[leaf]
+                     "ln1": "LN", "ln2": "LN", "position": "embeddings", "embedding": "embeddings", "norm": "readout",
+                     "readout": "readout"}[leaf]
             parts.setdefault(group, []).append(value.flatten())
     return {group: torch.cat(parts[group]) for group in GROUPS if group in parts}
 

@@ -30,14 +30,14 @@ from safetensors.torch import load_file
 
 from .config import ConfigurationError, digest, parse, plain
 from .models import EquilibriumModel
-from .solvers import Relaxation
+from .solvers import Anderson
 from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, build_task, evaluate, show_on_terminal, \
     write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ("blocks", "calculus", "config", "controllers", "data", "estimators", "horizons", "models", "solvers",
           "spectra", "training")
-CONVERGED = Relaxation(step=0.8, max_steps=150, tol=1e-4)  # "at the converged fixed point"
+CONVERGED = Anderson(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
 
 
 def _without_comments(path: Path) -> str:
@@ -325,11 +325,13 @@ def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[Run
             raise ConfigurationError(f"{profile}.yaml, runs.{experiment}: unknown key {', '.join(sorted(unknown))}; a family "
                                      "has common, arms and over")
         if not family.get("arms"):
-            raise ConfigurationError(f"{profile}.yaml, runs.{experiment}: a family has no arms; give it arms: {{NAME: {{...}}}}")
+            raise ConfigurationError(f"{profile}.yaml, runs.{experiment}: a family has no arms; give it "
+                                     "arms: {NAME: {...}}")
         over = family.get("over", {})
         for key, values in over.items():
             if not isinstance(values, list):
-                raise ConfigurationError(f"{profile}.yaml, runs.{experiment}, over.{key}: got {values!r}; give a list of values")
+                raise ConfigurationError(f"{profile}.yaml, runs.{experiment}, over.{key}: got {values!r}; "
+                                         "give a list of values")
         for arm, changes in family["arms"].items():
             for values in product(*over.values()):
                 merged = _merge(_merge({"experiment": experiment, "arm": arm}, family.get("common", {})), changes or {})

@@ -1,7 +1,7 @@
 """A training run: its configuration, its data order, the loop, its log, and checkpoints that survive a kill.
 
-Everything a step uses is a function of (configuration, step): batches come from generators seeded by (seed, epoch or step), so a
-run that was killed and resumed is bit-identical, on CPU, to one that was not.
+Everything a step uses is a function of (configuration, step): batches come from generators seeded by (seed, epoch or step), so
+a run that was killed and resumed is bit-identical, on CPU, to one that was not.
 """
 
 import json

@@ -150,8 +150,8 @@ def test_the_complex_extension_is_holomorphic_and_real_on_the_real_axis():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans(), st.booleans(),
        st.sampled_from([torch.float32, torch.float64]), st.integers(1, 2), st.randoms(use_true_random=False))
-def test_products_are_adjoint_and_batches_permute_for_any_shape(samples, tokens, heads, causal, qk_norm, strided, dtype, threads,
-                                                                random):
+def test_products_are_adjoint_and_batches_permute_for_any_shape(samples, tokens, heads, causal, qk_norm, strided, dtype,
+                                                                threads, random):
     """<u, J v> = <J^T u, v>; a permuted batch gives the permuted result, whatever layout and thread count."""
     torch.manual_seed(random.randint(0, 999))
     before = torch.get_num_threads()
