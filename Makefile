@@ -2,7 +2,7 @@
 # Everything runs in .venv, which `make setup` creates; nothing is installed or registered outside this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lab smoke paper figures clean
+.PHONY: help setup kernel repro test lab smoke paper figures bench clean
 SHELL := /bin/bash
 
 # The python that creates .venv. Empty: the first of the list in `setup` that is 3.11, 3.12 or 3.13.
@@ -48,7 +48,10 @@ $(STAMP):
 	touch $@
 	@echo "== set-up done: .venv is ready"
 
-repro: setup  ## run the quick profile: data, experiments, figures, paper and report (about 20 minutes on 2 cores)
+kernel: setup  ## build the optional compiled CPU kernel (seconds, where a C++ compiler is at hand)
+	@python -m eplib.kernels
+
+repro: setup kernel  ## run the quick profile: data, experiments, figures, paper and report (about 20 minutes on 2 cores)
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
 	@echo "   About 20 minutes on 2 CPU cores the first time; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
@@ -56,14 +59,14 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 	dvc repro
 	python -m pipelines.verify --profile quick
 
-test: setup  ## run the tests (a few minutes; fetches MNIST once, about 12 MB)
+test: setup kernel  ## run the tests (a few minutes; fetches MNIST once, about 12 MB)
 	@echo "== tests: a few minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
 	@pytest -q
 
 lab: setup  ## open JupyterLab on the notebooks, with a kernel that finds eplib
 	jupyter lab --notebook-dir=notebooks
 
-smoke: setup  ## run every stage at toy size in a scratch folder (at most 4 minutes; proves nothing)
+smoke: setup kernel  ## run every stage at toy size in a scratch folder (at most 4 minutes; proves nothing)
 	python -m pipelines.smoke
 
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
@@ -76,7 +79,10 @@ REDRAWN := $(patsubst notebooks/%.ipynb,notebook-%,$(wildcard notebooks/*.ipynb)
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
 	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
 
+bench: setup kernel  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (about 20 minutes, idle machine)
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 python -m benchmarks.step --compile
+
 clean:  ## remove .venv, caches, tokens, quick and smoke outputs (downloads, checkpoints and DVC's cache stay)
-	rm -rf .venv .pytest_cache .hypothesis *.egg-info data/prepared paper/build
+	rm -rf .venv .pytest_cache .hypothesis *.egg-info eplib/kernels/build data/prepared paper/build
 	rm -rf results/smoke results/quick figures/smoke figures/quick
-	find eplib pipelines tests notebooks data -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find benchmarks eplib pipelines tests notebooks data -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

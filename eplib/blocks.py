@@ -6,6 +6,7 @@ learning; it offers
     drive(x) -> x             what clamps the dynamics, from the embedded input; the identity unless there is a backbone
     start(x) -> z             initial state
     forward(z, x) -> F        the force, same shape as z
+    prefix()                  keys and values of settled tokens, where tokens settle one after the other
     output(z) -> h            (..., T, C), read out by the model
     linearise(z, x)           the Jacobian J = dF/dz at z: J v, J^T u, and the gradient of <u, F> in weights and x
 
@@ -21,8 +22,8 @@ import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor, nn
 
-from .calculus import AutomaticSlope, ParallelSlope, SequentialSlope, ShapeError, Sublayers, attention_weights, gelu, \
-    merge_heads, split_heads, standardise, standardise_slope
+from .calculus import AutomaticSlope, ParallelSlope, Prefix, SequentialSlope, ShapeError, Sublayers, \
+    attention_weights, gelu, merge_heads, split_heads, standardise, standardise_slope
 from .config import configuration
 
 GELU_STEEPEST = 1.129  # largest slope of tanh-GELU, 1.12897 near h = 1.42
@@ -45,6 +46,10 @@ class Dynamical(nn.Module):
 
     def linearise(self, z: Tensor, x: Tensor) -> Any:
         return AutomaticSlope(self, z, x)
+
+    def prefix(self) -> Prefix | None:
+        """An empty past, under which the tokens of a causal block settle one after the other; None for blocks without one."""
+        return None
 
 
 class Jacobian:
@@ -77,6 +82,9 @@ class EquilibriumBlock(Dynamical):
 
     def linearise(self, z: Tensor, x: Tensor) -> Jacobian:
         return Jacobian(self.layers, z, 1 + self.damping)
+
+    def prefix(self) -> Prefix | None:
+        return Prefix(self.layers, 1 + self.damping) if self.layers.causal else None
 
 
 class StackJacobian:

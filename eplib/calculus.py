@@ -152,6 +152,34 @@ class Sublayers(nn.Module):
         return z + self.network(z)
 
 
+class Prefix:
+    """Keys and values of settled tokens: all that the tokens after them see of the past in a causal block."""
+
+    def __init__(self, layers: Sublayers, decay: float):
+        self.layers, self.decay = layers, decay
+        self.keys = self.values = None  # (..., H, settled, D)
+
+    def _heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        layers = self.layers
+        q, k, v = (split_heads(part, layers.heads) for part in layers.qkv(layers.ln1(z)).chunk(3, -1))
+        if layers.qk_norm:
+            q, k = unit_rms(q)[0], unit_rms(k)[0]
+        past = (k, v) if self.keys is None else (torch.cat([self.keys, k], -2), torch.cat([self.values, v], -2))
+        return q, *past
+
+    def force(self, z: Tensor, x: Tensor) -> Tensor:
+        """F of the n tokens (..., n, C) that follow the settled ones."""
+        q, keys, values = self._heads(z)
+        new, seen = q.shape[-2], keys.shape[-2]
+        allowed = torch.ones(new, seen, dtype=torch.bool, device=z.device).tril(seen - new)
+        mixed = functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)
+        return x - self.decay * z + self.layers.wo(merge_heads(mixed)) + self.layers.network(z)
+
+    def extend(self, z: Tensor) -> None:
+        """Takes the settled states (..., n, C) of the next n tokens in."""
+        _, self.keys, self.values = self._heads(z)
+
+
 class AttentionSlope:
     """Derivative of n -> Attn(n * gain + bias) at a standardised state n (..., T, C), everything direction-independent
     cached."""

@@ -31,16 +31,21 @@ class ContractionRate:
     products v <- (I + step J) v. (A probe carried over from the last batch would have seen other sequences' Jacobians only.)
     The penalty is explicit in the weights, with z* and v held fixed, so its gradient is one backward pass through J v. What it
     sees is logged as `rate_probe`: the growth of one real vector, which does not resolve a complex pair;
-    `spectra.contraction_rate` measures the spectral radius itself.
+    `spectra.contraction_rate` measures the spectral radius itself. every: gradients from one penalty to the next.
     """
 
     kind: Literal["ContractionRate"] = "ContractionRate"
     target: Annotated[float, Field(gt=0, lt=1)] = 0.85
     strength: Annotated[float, Field(ge=0)] = 200.0
     products: Annotated[int, Field(ge=0)] = 2
+    every: Annotated[int, Field(ge=1)] = 1
 
     def __call__(self, problem: Problem, step: float) -> Outcome:
-        """At a free state and its Jacobian. Nothing is carried over, so batches may change in size and length."""
+        """At a free state and its Jacobian. The probe is not carried over, so batches may change in size and length."""
+        call = int(problem.carried.get("penalty_calls", 0))
+        problem.carried["penalty_calls"] = torch.tensor(call + 1)
+        if call % self.every:
+            return Outcome({}, {}, 0)
         model, x, z = problem.model, problem.x, problem.state
         tiny = torch.finfo(z.dtype).tiny
         with torch.no_grad():

@@ -136,7 +136,7 @@ class LinearBlock(Dynamical):
 class LinearSystem(nn.Module):
     """x = B inputs, F = A z + x, loss = |z - target|^2 / 2: a model of which every gradient is known in closed form."""
 
-    settle = EquilibriumModel.settle
+    settle, dynamics = EquilibriumModel.settle, EquilibriumModel.dynamics
 
     def __init__(self, matrix: Tensor, inflow: Tensor):
         """matrix A (n, n), its eigenvalues left of zero; inflow B (n, m)."""

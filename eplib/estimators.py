@@ -15,7 +15,7 @@ and the forward mode, which are there to be compared with.
 import math
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from .config import configuration
 from .horizons import BPTT, Backprop, ForwardMode, Steps, finite_horizon, named_gradient
-from .models import EquilibriumModel
+from .models import Backend, EquilibriumModel
 from .solvers import Solution, Solver, Status, norm
+from .starts import LinearStart
 
 Beta = Annotated[float, Field(gt=0)]
 
@@ -35,7 +36,8 @@ Beta = Annotated[float, Field(gt=0)]
 class Problem:
     """One batch at its free equilibrium: what an estimator may look at. x (B, ...) and state (B, ...) without a graph.
 
-    carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace.
+    carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace. dynamics: what computes
+    the block, by default the model's block itself (`EquilibriumModel.dynamics`).
     """
 
     model: EquilibriumModel
@@ -44,10 +46,15 @@ class Problem:
     x: Tensor
     state: Tensor
     carried: dict[str, Tensor] = field(default_factory=dict)
+    dynamics: Any = None
+
+    def __post_init__(self) -> None:
+        if self.dynamics is None:
+            object.__setattr__(self, "dynamics", self.model.block)
 
     def force(self, z: Tensor) -> Tensor:
         """F(z) for states (B, ...) or for several per sample, (B, K, ...)."""
-        return self.model.block(z, self._lift(z))
+        return self.dynamics(z, self._lift(z))
 
     def loss_slope(self, z: Tensor) -> Tensor:
         """g = d l_b / d z_b, same shape as z; several states per sample (B, K, ...) share the sample's targets.
@@ -63,9 +70,19 @@ class Problem:
         return slope.conj().resolve_conj().view_as(z)  # torch gives the conjugate of a holomorphic function's derivative
 
     @cached_property
+    def readout(self) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """At the free state, by one backward pass: the mean loss, g, and the mean loss's direct gradient in each parameter."""
+        with torch.enable_grad():
+            z = self.state.detach().requires_grad_()
+            losses = self.model.loss(self.model.block.output(z), self.targets)
+            names, values = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad), strict=True)
+            slope, *grads = torch.autograd.grad(losses.sum(), (z, *values), allow_unused=True, materialize_grads=True)
+        return losses.mean().item(), slope, {n: grad / len(losses) for n, grad in zip(names, grads, strict=True)}
+
+    @cached_property
     def slope(self) -> Tensor:
         """g at the free state."""
-        return self.loss_slope(self.state)
+        return self.readout[1]
 
     @cached_property
     def scale(self) -> Tensor:
@@ -75,7 +92,7 @@ class Problem:
     def linearise(self, z: Tensor) -> Any:
         """J at z, kept without a graph."""
         with torch.no_grad():
-            return self.model.block.linearise(z, self._lift(z))
+            return self.dynamics.linearise(z, self._lift(z))
 
     @cached_property
     def jacobian(self) -> Any:
@@ -105,8 +122,8 @@ class Report:
     loss: mean loss at the free state, in nats. grads: {parameter name: tensor}, the gradient of the mean loss, or None if a
     phase diverged. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative to
     the nudge). penalty_grads: gradient of the penalties, apart. measured: named scalars: `force_evaluations` (a product with J
-    or J^T counts as one), `displacement`, `asymmetry` ||J a - J^T a|| / ||J a||, and what the penalties saw. state: what must
-    be handed to the next call.
+    or J^T counts as one), `displacement`, and what the penalties saw. state: what must be handed to the next call. adjoint: the
+    adjoint state (B, ...), or None.
     """
 
     loss: float
@@ -116,6 +133,7 @@ class Report:
     penalty_grads: dict[str, Tensor]
     measured: dict[str, float]
     state: dict[str, Any] = field(default_factory=dict)
+    adjoint: Tensor | None = None
 
     @property
     def status(self) -> Status:
@@ -130,13 +148,14 @@ def _lanes(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
-              cost: int) -> tuple[Adjoint, Tensor]:
+              cost: int, response: Tensor | None = None) -> tuple[Adjoint, Tensor]:
     """Relaxes z_k under F - beta_k g - correction, all as one batch (B, K, ...), and contrasts them: a = -Re sum_k w_k (z_k -
     z*).
 
     nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
     ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's
-    own residual, which moves all trajectories alike, drops out. Returns the final states as well.
+    own residual, which moves all trajectories alike, drops out. The trajectories start at z* - beta_k response, by default at z*.
+    Returns the final states as well.
     """
     centre = problem.state.unsqueeze(1)  # (B, 1, ...)
     nudges, weights = _lanes(nudges, problem.state), _lanes(weights, problem.state)
@@ -150,6 +169,8 @@ def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver,
         return total.real if total.is_complex() else total
 
     start = centre.repeat_interleave(nudges.shape[1], 1).to(nudges.dtype)
+    if response is not None:
+        start = start - nudges * response.unsqueeze(1)
     phase = solver.solve(force, start, lambda push, _: norm(combine(push)) / problem.scale)
     away = phase.value - centre
     displacement = torch.stack([norm(one) for one in away.unbind(1)]).amax(0) / norm(problem.state)
@@ -257,29 +278,36 @@ class Tracking:
     """Corrected EP re-linearised at the moving common mode m = (z_+ + z_-) / 2, both trajectories in lockstep (002).
 
     The correction is odd, +-(J(m) - J(m)^T) d with d = (z_+ - z_-) / 2, so it is computed once for the pair; there is no
-    one-sided form.
+    one-sided form. held: m stays at z*, which saves the linearisations. warm: the pair starts at its linear response z* -+ beta a,
+    J^T a = -g being solved first to half the tolerance, and then only has to confirm it.
     """
 
     kind: Literal["Tracking"] = "Tracking"
     beta: Beta = 0.2
     steps: Steps = 20
+    held: bool = False
+    warm: bool = False
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         def correction(pair: Tensor) -> Tensor:
             plus, minus = pair.unbind(1)
-            half = (plus - minus) / 2
-            odd = _asymmetric(problem.linearise((plus + minus) / 2), half)
+            jacobian = problem.jacobian if self.held else problem.linearise((plus + minus) / 2)
+            odd = _asymmetric(jacobian, (plus - minus) / 2)
             return torch.stack([odd, -odd], 1)
 
-        return _contrast(problem, *_points(problem, self.beta, "symmetric"), solver, correction, cost=5)[0]
+        linear = replace(solver, tol=solver.tol / 2).adjoint(problem.jacobian, problem.slope, problem.scale) if self.warm else None
+        found = _contrast(problem, *_points(problem, self.beta, "symmetric"), solver, correction, cost=4 if self.held else 5,
+                          response=linear and linear.value)[0]
+        return replace(found, evaluations=found.evaluations + linear.evaluations) if linear else found
 
 
 @configuration
 class DyadicEP:
     """Dyadic EP: midpoint m' = F(m) and difference d' = J(m)^T d - beta g(m), a = -d / beta (Scurria et al. 2026).
 
-    held: m stays at z*, which makes it the linear response of corrected EP: one transposed product per step, and no bias in
-    beta, which then only sets the scale of d. Otherwise m and d relax together as one state (B, 2, ...).
+    held: m stays at z*, which makes it the linear response of corrected EP: J^T a = -g is solved by one transposed product per
+    step, without a bias in beta, which then only sets the displacement that is reported. Otherwise m and d relax together as one
+    state (B, 2, ...).
     """
 
     kind: Literal["DyadicEP"] = "DyadicEP"
@@ -288,21 +316,20 @@ class DyadicEP:
     held: bool = True
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        nudge, scale = self.beta * problem.slope, self.beta * problem.scale
         if self.held:
-            phase = solver.solve(lambda d: problem.jacobian.transposed(d) - nudge, torch.zeros_like(nudge),
-                                 lambda push, _: norm(push) / scale)
-            difference, cost = phase.value, 1
-        else:
-            def force(pair: Tensor) -> Tensor:
-                middle, half = pair.unbind(1)
-                push = problem.linearise(middle).transposed(half) - self.beta * problem.loss_slope(middle)
-                return torch.stack([problem.force(middle), push], 1)
+            phase = solver.adjoint(problem.jacobian, problem.slope, problem.scale)
+            return Adjoint(phase.value, phase, self.beta * norm(phase.value) / norm(problem.state), phase.evaluations)
+        nudge, scale = self.beta * problem.slope, self.beta * problem.scale
 
-            phase = solver.solve(force, torch.stack([problem.state, torch.zeros_like(nudge)], 1),
-                                 lambda push, _: norm(push[:, 1]) / scale)
-            difference, cost = phase.value[:, 1], 3
-        return Adjoint(-difference / self.beta, phase, norm(difference) / norm(problem.state), phase.evaluations * cost)
+        def force(pair: Tensor) -> Tensor:
+            middle, half = pair.unbind(1)
+            push = problem.linearise(middle).transposed(half) - self.beta * problem.loss_slope(middle)
+            return torch.stack([problem.force(middle), push], 1)
+
+        phase = solver.solve(force, torch.stack([problem.state, torch.zeros_like(nudge)], 1),
+                             lambda push, _: norm(push[:, 1]) / scale)
+        half = phase.value[:, 1]
+        return Adjoint(-half / self.beta, phase, norm(half) / norm(problem.state), phase.evaluations * 3)
 
 
 @configuration
@@ -318,7 +345,7 @@ class Implicit:
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         with torch.enable_grad():
             state = problem.state.detach().requires_grad_()
-            push = problem.force(state)
+            push = problem.model.block(state, problem.x)  # with a graph, whatever computes the phases
 
         def force(a: Tensor) -> Tensor:
             return torch.autograd.grad(push, state, a, retain_graph=True)[0] + problem.slope
@@ -371,46 +398,46 @@ Estimator = Annotated[VectorField | AsymEP | HolomorphicEP | Tracking | DyadicEP
 
 def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
              nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None,
-             start: Tensor | None = None) -> Report:
+             start: Tensor | LinearStart | None = None, backend: Backend = "torch") -> Report:
     """Gradient of the mean loss over the batch, with the sign, scale and reduction of torch.autograd.
 
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
-    `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, by default the block's.
-    `.grad` is never touched. Raises TypeError if the estimator and the block do not fit; a diverged phase is no exception but
-    gives `grads=None`.
+    `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, or how it is predicted, by
+    default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`, which computes the phases and
+    products; what needs a graph is PyTorch's in either. `.grad` is never touched. Raises TypeError if the estimator and the block
+    do not fit; a diverged phase is no exception but gives `grads=None`.
     """
     state = dict(state or {})
     measured: dict[str, float] = {}
-    nudged_phase = problem = None
-
-    def at(z: Tensor) -> Problem:
-        with torch.no_grad():
-            return Problem(model, inputs, targets, model.clamp(inputs), z, state)
-
+    nudged_phase = problem = found = None
     if isinstance(estimator, BPTT | Backprop | ForwardMode):
         loss, grads, free = finite_horizon(model, inputs, targets, estimator, solver)
         evaluations = estimator.steps
+        if penalties and free.status.usable:
+            with torch.no_grad():
+                problem = Problem(model, inputs, targets, model.clamp(inputs), free.value, state)
     else:
         if model.block.explicit:
             raise TypeError(f"{type(estimator).__name__} needs an equilibrium block; train blocks.Feedforward with Backprop")
-        free = model.settle(inputs, solver, start)
-        evaluations, grads, loss = free.evaluations, None, float("nan")
-        if free.status.usable:
-            problem = at(free.value)
-            with torch.no_grad():
+        grads, loss = None, float("nan")
+        with torch.no_grad():
+            x, dynamics = model.clamp(inputs), model.dynamics(backend)
+            free = solver.settle(dynamics, x, start(x, state) if isinstance(start, LinearStart) else start)
+            evaluations = free.evaluations
+            if free.status.usable:
+                if isinstance(start, LinearStart):
+                    start.learn(x, free.value, state)
+                problem = Problem(model, inputs, targets, x, free.value, state, dynamics)
                 found = estimator.adjoint(problem, nudged or solver.limited(estimator.steps))
-                usable = found.phase is None or found.phase.status.usable
-                measured |= found.measured
-                if usable:
-                    measured["asymmetry"] = _asymmetry(problem.jacobian, found.value)
-                    evaluations += 2
+        if found:
+            usable = found.phase is None or found.phase.status.usable
             nudged_phase, evaluations = found.phase, evaluations + found.evaluations
+            measured |= found.measured
             if found.displacement is not None:
                 measured["displacement"] = found.displacement.max().item()
-            loss, grads = _read_out(problem, found.value if usable else None)
+            loss, grads = problem.readout[0], _read_out(problem, found.value) if usable else None
     penalty_grads: dict[str, Tensor] = {}
-    if free.status.usable and penalties:
-        problem = problem or at(free.value)
+    if problem:
         for penalty in penalties:
             outcome = penalty(problem, solver.step)
             measured |= outcome.measured
@@ -418,30 +445,29 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
             for name, value in outcome.grads.items():
                 penalty_grads[name] = penalty_grads[name] + value if name in penalty_grads else value
     measured["force_evaluations"] = evaluations
-    return Report(loss, grads, free, nudged_phase, penalty_grads, measured, state)
+    return Report(loss, grads, free, nudged_phase, penalty_grads, measured, state, found.value if found else None)
 
 
-def _asymmetry(jacobian: Any, v: Tensor) -> float:
-    """||J v - J^T v|| / ||J v||, the largest of the batch; v is the adjoint state, the direction that the correction acts
-    on."""
-    moved = jacobian.product(v)
-    return (norm(moved - jacobian.transposed(v)) / norm(moved).clamp_min(torch.finfo(v.dtype).tiny)).max().item()
+def asymmetry(jacobian: Any, v: Tensor) -> float:
+    """||J v - J^T v|| / ||J v||, the largest of the batch: along the adjoint state, what the correction acts on."""
+    with torch.no_grad():
+        moved = jacobian.product(v)
+        return (norm(moved - jacobian.transposed(v)) / norm(moved).clamp_min(torch.finfo(v.dtype).tiny)).max().item()
 
 
-def _read_out(problem: Problem, adjoint: Tensor | None) -> tuple[float, dict[str, Tensor] | None]:
-    """The loss at the free state, and d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b.
+def _read_out(problem: Problem, adjoint: Tensor) -> dict[str, Tensor]:
+    """d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b at the free state.
 
     The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each
     weight. Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
     """
     model, batch = problem.model, problem.state.shape[0]
+    with torch.no_grad():
+        block, into = problem.jacobian.contract(adjoint)
     with torch.enable_grad():
-        loss = model.loss(model.block.output(problem.state), problem.targets).mean()
-        if adjoint is None:
-            return loss.item(), None
-        with torch.no_grad():
-            block, into = problem.jacobian.contract(adjoint / batch)
-        grads = named_gradient(model, loss + (into * model.clamp(problem.inputs)).sum())
+        grads = named_gradient(model, (into * model.clamp(problem.inputs)).sum() / batch)
+    for name, value in problem.readout[2].items():
+        grads[name] = grads[name] + value
     for name, value in block.items():
-        grads[f"block.{name}"] = grads[f"block.{name}"] + value
-    return loss.item(), grads
+        grads[f"block.{name}"] = grads[f"block.{name}"] + value / batch
+    return grads

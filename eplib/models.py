@@ -8,14 +8,20 @@ A model clamps inputs to x, holds the block, and gives one loss per sample of wh
 """
 
 import math
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .blocks import Block
+from .blocks import Block, Dynamical
 from .calculus import EPS, linear, normalise
 from .solvers import Solution, Solver
+
+if TYPE_CHECKING:
+    from .kernels import CompiledBlock
+
+Backend = Literal["torch", "compiled"]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,12 +48,22 @@ class EquilibriumModel(nn.Module):
         """One loss for each sample, in nats: (B,)."""
         return self.loss_of(self.logits(h), targets)
 
-    def settle(self, inputs: Tensor, solver: Solver, start: Tensor | None = None) -> Solution:
+    def dynamics(self, backend: Backend = "torch") -> "Dynamical | CompiledBlock":
+        """What computes the block: the block itself, or the compiled kernel at its present weights. Raises
+        `kernels.KernelError` where the kernel is not built or does not know the block."""
+        if backend == "torch":
+            return self.block
+        if backend != "compiled":
+            raise ValueError(f"backend {backend!r} is not one of torch, compiled")
+        from .kernels import CompiledBlock  # loads the library
+
+        return CompiledBlock(self.block)
+
+    @torch.no_grad()
+    def settle(self, inputs: Tensor, solver: Solver, start: Tensor | None = None, backend: Backend = "torch") -> Solution:
         """The free phase: takes the clamped block to its fixed point, without a graph, from `start` (by default the
         block's)."""
-        with torch.no_grad():
-            x = self.clamp(inputs)
-            return solver.solve(lambda z: self.block(z, x), self.block.start(x) if start is None else start)
+        return solver.settle(self.dynamics(backend), self.clamp(inputs), start)
 
 
 class LanguageModel(EquilibriumModel):
@@ -73,19 +89,28 @@ class LanguageModel(EquilibriumModel):
     @torch.no_grad()
     def generate(self, prompt: Tensor, tokens: int, solver: Solver, temperature: float = 0.8,
                  generator: torch.Generator | None = None) -> Tensor:
-        """Samples `tokens` ids after `prompt` (T,), settling the last `context` tokens for each; returns (T + tokens,).
+        """Samples `tokens` ids after `prompt` (T,); returns (T + tokens,).
 
-        Until the window is full each settles from the states that its predecessor ended in.
+        In a causal block the states of the past do not depend on what follows, so each step settles the new token alone, under
+        the keys and values of those before it: exactly the state it has in the whole sequence. A window that has reached
+        `context` tokens goes on with its last half, whose positions move, so that it is settled anew. Blocks without such a past
+        settle the window for every token.
         """
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        ids, state = prompt, None
+        ids, first, settled, past = prompt, max(0, len(prompt) - self.context), 0, None
         for _ in range(tokens):
-            window = ids[None, -self.context:]
-            start = None
-            if state is not None and window.shape[1] > state.shape[-2]:
-                start = torch.cat([state, self.block.start(self.clamp(window))[..., -1:, :]], -2)
-            state = self.settle(window, solver, start).value
+            if len(ids) - first > self.context:
+                first, past = len(ids) - self.context // 2, None
+            if past is None:
+                settled, past = first, self.block.prefix()
+            x = self.clamp(ids[None, first:])[..., settled - first:, :]
+            if past is None:
+                state = solver.settle(self.block, x).value
+            else:
+                state = solver.solve(lambda z, x=x, past=past: past.force(z, x), self.block.start(x)).value
+                past.extend(state)
+                settled = len(ids)
             logits = self.logits(self.block.output(state))[0, -1]
             ids = torch.cat([ids, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)])
         return ids

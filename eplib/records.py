@@ -29,15 +29,16 @@ import yaml
 from safetensors.torch import load_file
 
 from .config import ConfigurationError, digest, parse, plain
-from .models import EquilibriumModel
-from .solvers import Anderson
-from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, build_task, evaluate, show_on_terminal, \
-    write_atomically
+from .models import Backend, EquilibriumModel
+from .solvers import Substitution
+from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, build_task, evaluate, fastest_backend, \
+    show_on_terminal, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ("blocks", "calculus", "config", "controllers", "data", "estimators", "horizons", "models", "solvers",
-          "spectra", "training")
-CONVERGED = Anderson(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
+SOURCE = ("blocks", "calculus", "config", "controllers", "data", "estimators", "horizons", "kernels/__init__", "models",
+          "solvers", "spectra", "starts", "training")
+KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
+CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
 
 
 def _without_comments(path: Path) -> str:
@@ -62,7 +63,8 @@ def _without_comments(path: Path) -> str:
 def source_digest() -> str:
     """Digest of the library source that a run's numbers depend on; comments and docstrings do not count."""
     folder = Path(__file__).parent
-    return sha256("\n".join(_without_comments(folder / f"{name}.py") for name in SOURCE).encode()).hexdigest()[:12]
+    text = "\n".join(_without_comments(folder / f"{name}.py") for name in SOURCE)
+    return sha256((text + KERNEL.read_text(encoding="utf-8")).encode()).hexdigest()[:12]
 
 
 def save_result(profile: str, experiment: str, name: str, value: Any) -> Path:
@@ -196,14 +198,17 @@ class Store:
             return None
         return run if self.stale == "keep" or run.current else None
 
-    def run(self, config: RunConfig, deadline: float = math.inf, device: str = "cpu", show=show_on_terminal) -> Run:
-        """The run, trained first if it is absent. Raises `training.OutOfTime` if that takes longer than the deadline."""
+    def run(self, config: RunConfig, deadline: float = math.inf, device: str = "cpu", show=show_on_terminal,
+            backend: Backend | None = None) -> Run:
+        """The run, trained first if it is absent, by default with the fastest backend; the provenance says with which. Raises
+        `training.OutOfTime` if that takes longer than the deadline."""
         found = self.find(config)
         if found:
             return found
         run = self._place(config)
         scratch = self.root / "checkpoints" / self.profile / source_digest() / config.experiment / run.folder.name
-        trainer = Trainer(config, scratch, self.root / "data", device)
+        backend = backend or fastest_backend(config, device)
+        trainer = Trainer(config, scratch, self.root / "data", device, backend)
         progress = trainer.advance(deadline, show)
         metrics = summarise(trainer, progress)
         for step in (*config.keep, config.steps):
@@ -217,7 +222,7 @@ class Store:
         write_atomically(run.folder / "config.json", _json(plain(config)))
         write_atomically(run.folder / "log.csv", _csv(progress.rows))
         write_atomically(run.folder / "curve.csv", _csv(progress.curve))
-        write_atomically(run.folder / "provenance.json", _json({"source": source_digest()} | versions()))
+        write_atomically(run.folder / "provenance.json", _json({"source": source_digest(), "backend": backend} | versions()))
         write_atomically(run.folder / "metrics.json", _json(metrics))
         shutil.rmtree(scratch)
         return run
@@ -255,7 +260,7 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
     excursions = [row["step"] for row in progress.rows if not row["free_residual_max"] <= EXCURSION]
     best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
     rates = [row["rate_arnoldi"] for row in progress.curve if "rate_arnoldi" in row]
-    metrics = {"final": evaluate(model, trainer.task, config.solver),
+    metrics = {"final": evaluate(model, trainer.task, config.solver, backend=trainer.backend),
                "best_loss": best["loss"], "best_step": best["step"],
                "excursions": len(excursions), "first_excursion": excursions[0] if excursions else None,
                "gated": sum(row["gated"] for row in progress.rows), "skipped": sum(row["skipped"] for row in progress.rows),
@@ -263,7 +268,7 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
                "rate_arnoldi": rates[-1] if rates else None,
                "parameters": sum(p.numel() for p in model.parameters())}
     if not model.block.explicit:
-        metrics["converged"] = evaluate(model, trainer.task, CONVERGED)
+        metrics["converged"] = evaluate(model, trainer.task, CONVERGED, backend=trainer.backend)
     return metrics
 
 

@@ -7,9 +7,11 @@ take any of them:
     Relaxation     explicit Euler to a residual; the lowest-residual iterate
     Anderson       the same fixed point in fewer evaluations, falling back to Euler where it stalls
     FixedHorizon   exactly so many Euler steps, the last iterate: the state of a finite-horizon objective
+    Substitution   Anderson on a few tokens at a time, in the order in which a causal block's tokens depend on each other
     Snapshot       Euler through the whole horizon, the most settled iterate in hindsight
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -88,6 +90,15 @@ class _Solver:
 
     def _history(self) -> Any:
         return None
+
+    def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
+        """The free phase of a block under the clamp x, from `start` (by default the block's)."""
+        return self.solve(lambda z: block(z, x), block.start(x) if start is None else start)
+
+    def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
+        """The adjoint state of J^T a = -slope, (B, ...), from a = slope, which it is for J = -1; residuals relative to scale
+        (B,)."""
+        return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale)
 
     @torch.no_grad()
     def solve(self, force: Callable[[Tensor], Tensor], start: Tensor,
@@ -210,7 +221,53 @@ class Snapshot(_Solver):
     tol, hindsight = 0.0, True
 
 
-Solver = Annotated[Relaxation | Anderson | FixedHorizon | Snapshot, Field(discriminator="kind")]
+@configuration
+class Substitution(Anderson):
+    """Substitution by tokens, `chunk` of them at a time: each chunk is settled by Anderson with those before it held.
+
+    In a causal block F_t depends on z_1 .. z_t only, so J is block lower-triangular over tokens: the free phase solves by forward
+    substitution, J^T by backward substitution. The tolerance holds for every chunk, so it holds for the sample. `steps` and
+    `evaluations` count force evaluations of the whole sequence. A phase without that order, of a block that is not causal or of
+    nudged trajectories, is one chunk. By default a chunk is what suits the backend: 8 tokens in the compiled kernel; the whole
+    sequence in PyTorch, where a chunk costs nearly as much as everything (E7).
+    """
+
+    kind: Literal["Substitution"] = "Substitution"
+    chunk: Count | None = None
+
+    @torch.no_grad()
+    def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
+        start = block.start(x) if start is None else start
+        if hasattr(block, "substitute"):  # the compiled kernel's own loop
+            return block.substitute(self, x, start)
+        past, parts = block.prefix(), []
+        if past is None or self.chunk is None:
+            return super().settle(block, x, start)
+        for z, drive in zip(start.split(self.chunk, -2), x.split(self.chunk, -2), strict=True):
+            parts.append(self.solve(lambda z, drive=drive: past.force(z, drive), z))
+            past.extend(parts[-1].value)
+        return self._joined(parts)
+
+    @torch.no_grad()
+    def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
+        if hasattr(jacobian, "substitute"):
+            return jacobian.substitute(self, slope, scale)
+        return super().adjoint(jacobian, slope, scale)
+
+    @staticmethod
+    def _joined(parts: list[Solution]) -> Solution:
+        """The solution of a sequence from those of its chunks (B, n, C), in order."""
+        squares = sum(((part.residual * norm(part.value)).square() for part in parts))
+        value = torch.cat([part.value for part in parts], -2)
+        share = [part.value.shape[-2] / value.shape[-2] for part in parts]
+        steps = sum(part.steps * s for part, s in zip(parts, share, strict=True)).ceil().long()
+        evaluations = math.ceil(sum(part.evaluations * s for part, s in zip(parts, share, strict=True)))
+        return Solution(value, squares.sqrt() / norm(value), steps, torch.stack([part.rate for part in parts]).amax(0),
+                        evaluations, max((part.status for part in parts), key=list(Status).index),
+                        sum(part.fallbacks for part in parts))
+
+
+Solver = Annotated[Relaxation | Anderson | FixedHorizon | Snapshot | Substitution, Field(discriminator="kind")]
 
 
 def _flat(a: Tensor) -> Tensor:

@@ -25,10 +25,12 @@ from . import data as corpora
 from .blocks import Block, Feedforward
 from .config import configuration, plain
 from .controllers import Penalty
-from .estimators import AsymEP, Backprop, DyadicEP, Estimator, gradient
-from .models import Classifier, EquilibriumModel, LanguageModel
+from .estimators import BPTT, AsymEP, Backprop, DyadicEP, Estimator, ForwardMode, HolomorphicEP, asymmetry, gradient
+from .kernels import available, knows
+from .models import Backend, Classifier, EquilibriumModel, LanguageModel
 from .solvers import Relaxation, Solver
 from .spectra import contraction_rate
+from .starts import LinearStart
 
 EXCURSION = 1e-1  # free residual (max over the batch) above which a step counts as an excursion
 CHECKPOINT_SECONDS = 20.0
@@ -95,7 +97,7 @@ class RunConfig:
     experiment, arm: what the run is for; the name adds learning rate and seed. gate: free residual (max over the batch) above
     which the step is a recovery step: the penalties' gradient alone is applied. evaluate_every: steps between evaluations
     during training, on `evaluation_batches` validation batches; the whole split is evaluated at the end. keep: steps after
-    which the weights are kept, besides the last. audit_every: steps between audits of the linear response, in which the same
+    which the weights are kept, besides the last. start: how the free phase's start is predicted. audit_every: steps between audits of the linear response, in which the same
     gradient is computed by two trajectories and the cosine of the two is logged.
     """
 
@@ -106,6 +108,7 @@ class RunConfig:
     estimator: Estimator
     solver: Solver = Relaxation()
     nudged: Solver | None = None
+    start: LinearStart | None = None
     penalties: tuple[Penalty, ...] = ()
     gate: Annotated[float, Field(gt=0)] | None = None
     optimiser: Optimiser = Optimiser()
@@ -211,8 +214,16 @@ def build_model(config: RunConfig, task: ImageTask | TextTask) -> EquilibriumMod
     return task.model()
 
 
+def fastest_backend(config: RunConfig, device: str = "cpu") -> Backend:
+    """The compiled kernel where it is built and knows the run's block and what its estimator asks of it, else PyTorch."""
+    graph = isinstance(config.estimator, BPTT | Backprop | ForwardMode | HolomorphicEP)  # or complex states
+    fits = device == "cpu" and not graph and knows(config.model.block, config.model.width, config.model.heads)
+    return "compiled" if fits and available() else "torch"
+
+
 @torch.no_grad()
-def evaluate(model: EquilibriumModel, task: ImageTask | TextTask, solver: Solver, batches: int | None = None) -> dict:
+def evaluate(model: EquilibriumModel, task: ImageTask | TextTask, solver: Solver, batches: int | None = None,
+             backend: Backend = "torch") -> dict:
     """Loss (nats), accuracy (percent), and residual and steps of the free phase over the validation split or its first
     `batches` batches. A sample whose phase diverged counts with the state it was left in."""
     losses, right, total, residuals, steps = [], 0, 0, [], []
@@ -220,7 +231,7 @@ def evaluate(model: EquilibriumModel, task: ImageTask | TextTask, solver: Solver
         if count == batches:
             break
         inputs, targets = _like(model, inputs), _like(model, targets)
-        solution = model.settle(inputs, solver)
+        solution = model.settle(inputs, solver, backend=backend)
         h = model.block.output(solution.value)
         losses.append(model.loss(h, targets))
         right += (model.logits(h).argmax(-1) == targets).sum().item()
@@ -292,9 +303,11 @@ def show_on_terminal(line: str) -> None:
 class Trainer:
     """Runs one configuration. `advance` trains to the end or to the deadline, checkpointing on the way."""
 
-    def __init__(self, config: RunConfig, folder: Path, root: Path | str = "data", device: str = "cpu"):
-        """folder: where the checkpoint and the kept weights go. device: where the run is trained, e.g. "cuda"."""
-        self.config, self.folder = config, Path(folder)
+    def __init__(self, config: RunConfig, folder: Path, root: Path | str = "data", device: str = "cpu",
+                 backend: Backend = "torch"):
+        """folder: where the checkpoint and the kept weights go. device: where the run is trained, e.g. "cuda". backend: what
+        computes its phases."""
+        self.config, self.folder, self.backend = config, Path(folder), backend
         self.task = build_task(config, root)
         self.model = build_model(config, self.task).to(device)
         self.average = deepcopy(self.model).requires_grad_(False) if config.optimiser.ema else self.model
@@ -328,7 +341,7 @@ class Trainer:
             self._step()
             self.progress.seconds.append(time.perf_counter() - began)
             step = self.progress.step
-            if step % self.config.evaluate_every == 0 or step == self.config.steps:
+            if self._evaluates(step):
                 self._evaluate(step)
             if step in self.config.keep or step == self.config.steps:
                 write_atomically(self.weights(step), save(self.average.state_dict()))
@@ -341,12 +354,20 @@ class Trainer:
         self._save()
         return self.progress
 
+    def _evaluates(self, step: int) -> bool:
+        return step % self.config.evaluate_every == 0 or step == self.config.steps
+
     def _step(self) -> None:
         config, step = self.config, self.progress.step
         inputs, targets = (_like(self.model, part) for part in self.task.batch(step))
         report = gradient(self.model, inputs, targets, estimator=config.estimator, solver=config.solver, nudged=config.nudged,
-                          penalties=config.penalties, state=self.state)
+                          penalties=config.penalties, state=self.state, start=config.start, backend=self.backend)
         self.state = report.state
+        odd = math.nan
+        if report.grads is not None and report.adjoint is not None and self._evaluates(step + 1):
+            with torch.no_grad():
+                jacobian = self.model.block.linearise(report.free.value, self.model.clamp(inputs))
+            odd = asymmetry(jacobian, report.adjoint)
         audited = config.audit_every is not None and (step + 1) % config.audit_every == 0
         cosine, extra = self._audit(inputs, targets, report.grads) if audited else (math.nan, 0)
         worst = report.free.residual.max().item()
@@ -383,7 +404,7 @@ class Trainer:
             "rate_tail": report.free.rate.nan_to_num(0).max().item(),
             "rate_probe": report.measured.get("rate_probe", math.nan), "penalty": report.measured.get("penalty", math.nan),
             "displacement": report.measured.get("displacement", math.nan),
-            "asymmetry": report.measured.get("asymmetry", math.nan), "audit_cosine": cosine,
+            "asymmetry": odd, "audit_cosine": cosine,
             "fallbacks": report.free.fallbacks + (report.nudged.fallbacks if report.nudged else 0),
             "gradient_norm": norm, "lr": rate,
             "gated": int(gated), "skipped": int(not (math.isfinite(norm) and known)), "status": report.status.value,
@@ -394,7 +415,8 @@ class Trainer:
         evaluations."""
         config = self.config
         kind = AsymEP(beta=config.estimator.beta, steps=config.estimator.steps)
-        other = gradient(self.model, inputs, targets, estimator=kind, solver=config.solver, nudged=config.nudged)
+        other = gradient(self.model, inputs, targets, estimator=kind, solver=config.solver, nudged=config.nudged,
+                         backend=self.backend)
         cosine = math.nan
         if grads is not None and other.grads is not None:
             ours, theirs = (torch.cat([value.flatten() for name, value in part.items()
@@ -403,7 +425,8 @@ class Trainer:
         return cosine, other.measured["force_evaluations"]
 
     def _evaluate(self, step: int) -> None:
-        row = {"step": step} | evaluate(self.average, self.task, self.config.solver, self.config.evaluation_batches)
+        row = {"step": step} | evaluate(self.average, self.task, self.config.solver, self.config.evaluation_batches,
+                                        self.backend)
         if not self.average.block.explicit:
             inputs = _like(self.model, self.task.batch(0)[0][:4])
             solution = self.average.settle(inputs, self.config.solver)

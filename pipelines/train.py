@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 
 from eplib.config import ConfigurationError
+from eplib.kernels import available
+from eplib.models import Backend
 from eplib.records import ROOT, Store, configurations, load_profile
 from eplib.training import OutOfTime, RunConfig
 
@@ -51,13 +53,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(profile: str, config: RunConfig, root: Path, device: str, end: float, lines) -> None:
+def _work(profile: str, config: RunConfig, root: Path, device: str, backend: Backend | None, end: float, lines) -> None:
     """end: when the budget ends, of time.time(): starting a worker takes seconds, which count."""
     torch.set_num_threads(1)  # one run a core beats one run on all cores at these sizes, and fixes the order of sums
-    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, lambda line: lines.put((config.name, line)))
+    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, lambda line: lines.put((config.name, line)),
+                             backend)
 
 
-def train(profile: str, configs: list[RunConfig], workers: int, device: str, budget: float, root: Path = ROOT) -> int:
+def train(profile: str, configs: list[RunConfig], workers: int, device: str, budget: float, root: Path = ROOT,
+          backend: Backend | None = None) -> int:
     """Trains `configs`, `workers` at a time, and prints progress; returns the exit status described above."""
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
@@ -75,7 +79,7 @@ def train(profile: str, configs: list[RunConfig], workers: int, device: str, bud
                 while waiting and len(pending) < workers and time.monotonic() < deadline:
                     config = waiting.pop(0)
                     end = time.time() + deadline - time.monotonic()
-                    pending[pool.submit(_work, profile, config, root, device, end, lines)] = config
+                    pending[pool.submit(_work, profile, config, root, device, backend, end, lines)] = config
                 if waiting and not pending:
                     late += len(waiting)
                     break
@@ -118,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", default="", help="stop after this long, e.g. 500s, 10m, 2h")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; one a core by default")
     parser.add_argument("--device", default="cpu", help="where to train, e.g. cuda; never chosen silently")
+    parser.add_argument("--backend", choices=("torch", "compiled"),
+                        help="what computes the phases; by default the compiled kernel where it is built and fits the run")
     parser.add_argument("--list", action="store_true", help="say which runs are there and stop")
     options = parser.parse_args(arguments)
     try:
@@ -138,13 +144,17 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(options.profile)
     absent = [config for config in chosen if store.find(config) is None]
     print(f"{options.profile}: {len(chosen)} runs, {len(chosen) - len(absent)} recorded, {len(absent)} to train", flush=True)
+    if absent and options.device == "cpu" and not available():
+        print("the compiled kernel is not built: PyTorch computes everything, two to four times as slowly "
+              "(make kernel builds it where there is a C++ compiler)", flush=True)
     if options.list:
         for config in chosen:
             run = store.find(config)
             state = "absent" if run is None else "recorded" if run.current else "recorded by older source"
             print(f"  {config.experiment}/{config.name}: {state}")
         return 0
-    status = train(options.profile, absent, max(1, min(options.workers, len(absent))), options.device, budget) if absent else 0
+    status = train(options.profile, absent, max(1, min(options.workers, len(absent))), options.device, budget,
+                   backend=options.backend) if absent else 0
     if status == 0 and not options.only:
         for group in [options.experiment] if options.experiment else groups:
             for name in store.prune(group):

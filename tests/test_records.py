@@ -60,7 +60,8 @@ def test_a_run_is_found_by_name_and_digest_and_not_trained_twice(recorded, monke
     store, run, wanted = recorded
     assert run.folder.name == f"ep-lr0.01-seed0-{digest(plain(wanted))}" and run.folder.parent.name == "tiny"
     assert json.loads((run.folder / "config.json").read_text()) == plain(wanted)
-    assert set(run.provenance) == {"source", "torch", "numpy", "python"} and run.current
+    assert set(run.provenance) == {"source", "backend", "torch", "numpy", "python"} and run.current
+    assert run.provenance["backend"] == "torch"  # no kernel for a width of 8
     monkeypatch.setattr(records, "Trainer", None)
     assert store.run(wanted).metrics == run.metrics and store.find(wanted) == run
     for change in ({"seed": 1}, {"optimiser": Optimiser(lr=1.1e-2)}, {"evaluation_batches": 2}, {"steps": 3}):

@@ -1,0 +1,1 @@
+"""Timings of one training step: `make bench`, and experiment E7."""

@@ -1,0 +1,297 @@
+"""What does one training step cost? EP against backpropagation, BPTT, implicit differentiation and torchdeq.
+
+    make bench                                    # all sizes, several minutes
+    python -m benchmarks.step --size c64          # one of them
+
+Everything is timed in one process, the arms in turn, so that whatever else the machine does falls on all of them; a time is the
+median of the rounds after a warm-up (of a quarter of them for arms slower than twenty backprop steps). Beside it stand what makes times comparable: the free residual, the adjoint residual, and the
+cosine of the gradient (block and embeddings) with a converged one in float64, each the worst of the batches. What is not paid at
+every step is measured on its own and shared out: the rate penalty over its cadence, the refit of the start over its refresh.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import eplib
+from eplib import kernels
+from eplib.blocks import EquilibriumBlock, Feedforward
+from eplib.calculus import AutomaticSlope
+from eplib.controllers import ContractionRate
+from eplib.diagnostics import LiveBytes, agreement, without_readout
+from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
+from eplib.models import EquilibriumModel
+from eplib.records import ROOT, configurations, machine
+from eplib.solvers import Anderson, Relaxation, Substitution, norm
+from eplib.spectra import contraction_rate
+from eplib.starts import LinearStart
+from eplib.training import RunConfig, Trainer, build_model, build_task
+
+BATCHES = 6
+EVERY, REFRESH = 2, 10  # cadence of the rate penalty, and of the start's fit
+FREE, ADJOINT = 1e-4, 5e-3  # residuals at which the phases stop
+STEP = 0.8
+SLOW = 20  # backprop steps
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model at which the step is timed: weights, the ordinary transformer of the same shape, and batches."""
+
+    name: str
+    model: EquilibriumModel
+    twin: EquilibriumModel
+    batches: list[tuple[Tensor, Tensor]]
+
+
+SIZES = {  # changes of the run of E3 or E2 in the quick profile that is trained, and how long
+    "c64": ("shakespeare", {"width": 64, "context": 64}, 16, None),
+    "c128": ("shakespeare", {"width": 128, "context": 128}, 16, None),
+    "c128b8": ("shakespeare", {"width": 128, "context": 128}, 8, None),
+    "mnist": ("mnist", {}, 128, 200),
+}
+
+
+def run_config(size: str) -> RunConfig:
+    """The run whose initial and last weights are timed: E3's or E2's linear response in the quick profile, at this size."""
+    experiment, shape, _, steps = SIZES[size]
+    config = next(c for c in configurations("quick", experiment) if c.arm == "ep_linear" and c.seed == 0)
+    config = replace(config, model=replace(config.model, **shape), steps=steps or config.steps, audit_every=None)
+    return replace(config, data=replace(config.data, patch=7)) if experiment == "mnist" else config
+
+
+def points(size: str) -> list[Point]:
+    """The initial and the trained model of a size; training is resumed or skipped where it was done before."""
+    config, batch = run_config(size), SIZES[size][2]
+    trainer = Trainer(config, ROOT / "checkpoints" / "bench" / size, ROOT / "data", backend=fastest())
+    trainer.advance()
+    return points_of(replace(config, batch=batch), deepcopy(trainer.average).requires_grad_())
+
+
+def points_of(config: RunConfig, trained: EquilibriumModel) -> list[Point]:
+    """A run's initial weights and its trained ones, with batches that it never saw."""
+    task = build_task(config, ROOT / "data")
+    ordinary = replace(config, model=replace(config.model, block=Feedforward(causal=config.model.block.causal)), penalties=(), audit_every=None,
+                       estimator=Backprop())
+    twin = build_model(ordinary, build_task(ordinary, ROOT / "data"))
+    batches = [task.batch(config.steps + i) for i in range(BATCHES)]
+    return [Point("initial", build_model(config, task), twin, batches), Point("trained", trained, twin, batches)]
+
+
+def fastest() -> str:
+    return "compiled" if kernels.available() else "torch"
+
+
+class Uncached(EquilibriumBlock):
+    """The same block with its products by automatic differentiation, as the reference takes them."""
+
+    def linearise(self, z: Tensor, x: Tensor) -> AutomaticSlope:
+        return AutomaticSlope(self, z, x)
+
+
+def uncached(model: EquilibriumModel) -> EquilibriumModel:
+    model = deepcopy(model)
+    model.block.__class__ = Uncached
+    return model
+
+
+class Torchdeq:
+    """torchdeq's implicit training step on the same block (Geng & Kolter 2023); its tolerances are on the map z + step F."""
+
+    def __init__(self, solver: str):
+        from torchdeq import get_deq
+
+        settings = {"anderson": {"f_tol": STEP * FREE}, "fixed_point_iter": {"f_tol": STEP * FREE}}[solver]
+        self.deq = get_deq(f_solver=solver, b_solver=solver, f_max_iter=64, b_max_iter=40, f_stop_mode="rel", b_stop_mode="rel",
+                           b_tol=STEP * ADJOINT, ift=True, **settings)
+
+    def __call__(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor) -> dict:
+        self.deq.train()
+        x = model.clamp(inputs)
+        states, _ = self.deq(lambda z: z + STEP * model.block(z, x), model.block.start(x.detach()))
+        loss = model.loss(model.block.output(states[-1]), targets).mean()
+        names, values = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+        return {"grads": dict(zip(names, grads, strict=True)), "state": states[-1].detach()}
+
+
+def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor, Tensor], Report | dict]]:
+    """The steps that are compared, by name. horizon: Euler steps that the free phase needs here, for BPTT."""
+    fast = {"solver": Substitution(step=STEP, tol=FREE), "nudged": Substitution(step=STEP, max_steps=40, tol=ADJOINT)}
+    plain = {"solver": Anderson(step=STEP, tol=FREE), "nudged": Anderson(step=STEP, max_steps=40, tol=ADJOINT)}
+    reference = {"solver": Relaxation(step=0.1, max_steps=150, tol=0), "nudged": Relaxation(step=0.1, max_steps=20, tol=0)}
+    euler = {"solver": Relaxation(step=STEP, tol=FREE)}
+    slow = uncached(point.model)
+
+    def ep(model=point.model, **settings):
+        carried: dict = {}
+
+        def step(inputs: Tensor, targets: Tensor) -> Report:
+            report = eplib.gradient(model, inputs, targets, state=carried, **settings)
+            carried.update(report.state)
+            return report
+
+        return step
+
+    warm, cold = Tracking(beta=1.0, held=True, warm=True), Tracking(beta=1.0, held=True)
+    found = {"backprop": ep(point.twin, estimator=Backprop(), **euler)}
+    for name in dict.fromkeys([backend, "torch"]):
+        chosen = (fast if name == "compiled" else plain) | {"backend": name, "start": LinearStart(refresh=10**6)}
+        found |= {
+            f"EP linear response, {name}": ep(estimator=DyadicEP(), **chosen),
+            f"EP linear response + penalty, {name}": ep(estimator=DyadicEP(), **chosen, penalties=(
+                ContractionRate(target=0.75, products=3),)),
+            f"EP linear response + refit, {name}": ep(estimator=DyadicEP(), **(chosen | {"start": LinearStart(refresh=1)})),
+            f"EP two trajectories, warm, {name}": ep(estimator=warm, **chosen),
+            f"EP two trajectories, cold, {name}": ep(estimator=cold, **chosen)}
+    deq = {solver: Torchdeq(solver) for solver in ("anderson", "fixed_point_iter")}
+    return found | {
+        "implicit": ep(estimator=Implicit(), start=LinearStart(refresh=10**6), **plain),
+        f"BPTT, {horizon} steps": ep(estimator=BPTT(steps=horizon), **euler),
+        "EP, reference": ep(slow, estimator=AsymEP(beta=1.0), **reference),
+        **{f"torchdeq, {name}": (lambda i, t, d=d: d(point.model, i, t)) for name, d in deq.items()}}
+
+
+def converged(point: Point) -> list[dict[str, Tensor]]:
+    """The gradient of each batch in float64, both phases to 1e-9."""
+    model, tight = deepcopy(point.model).double(), Anderson(step=STEP, max_steps=300, tol=1e-9)
+    return [eplib.gradient(model, *_wide(batch), estimator=Implicit(), solver=tight, nudged=tight).grads for batch in point.batches]
+
+
+def _wide(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return tuple(part.double() if part.is_floating_point() else part for part in batch)
+
+
+def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> dict:
+    """The worst of the batches: free residual, adjoint residual, cosine; force evaluations and fallbacks of the last."""
+    worst = {"free_residual": 0.0, "adjoint_residual": 0.0, "cosine": 1.0}
+    for batch, exact in zip(point.batches, truth, strict=True):
+        found = step(*batch)
+        if isinstance(found, dict):
+            with torch.no_grad():
+                force = point.model.block(found["state"], point.model.clamp(batch[0]))
+            grads, free, nudged, extra = found["grads"], norm(force) / norm(found["state"]), None, {}
+        else:
+            grads, free, nudged = found.grads, found.free.residual, found.nudged
+            extra = {"force_evaluations": found.measured["force_evaluations"],
+                     "fallbacks": found.free.fallbacks + (nudged.fallbacks if nudged else 0)}
+        worst["free_residual"] = max(worst["free_residual"], free.max().item())
+        if nudged:
+            worst["adjoint_residual"] = max(worst["adjoint_residual"], nudged.residual.max().item())
+        cosine = agreement(without_readout(grads), without_readout({k: v.float() for k, v in exact.items()}))["total"].cosine
+        worst["cosine"] = min(worst["cosine"], cosine)
+    return worst | extra
+
+
+def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda name: True, bytes_too: bool = True) -> dict:
+    """Median milliseconds, ratio to backprop, accuracy and peak live bytes of every arm at one point.
+
+    The linear response is given with its amortised costs, and apart: `milliseconds` holds the bare step, `penalty` and `refit` what
+    each adds when it runs, `amortised` the sum at their cadence.
+    """
+    horizon = int(point.model.settle(point.batches[0][0], Relaxation(step=STEP, tol=FREE, max_steps=300)).steps.max())
+    steps = {name: step for name, step in arms(point, fastest(), max(1, horizon)).items() if only(name)}
+    truth, seconds = converged(point), {name: [] for name in steps}
+    for count in range(rounds + 2):
+        batch = point.batches[count % len(point.batches)]
+        for name, step in steps.items():
+            if count > 1 and count % 4 and seconds[name] and seconds[name][0] > SLOW * statistics.median(seconds["backprop"]):
+                continue
+            began = time.perf_counter()
+            step(*batch)
+            if count > 1:
+                seconds[name].append(time.perf_counter() - began)
+    milliseconds = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    found = {}
+    for name, step in steps.items():
+        if " + " in name:
+            continue
+        row = {"milliseconds": milliseconds[name], "amortised": milliseconds[name]}
+        if name != "backprop":
+            row |= accuracy(point, step, truth)
+        for part, cadence in (("penalty", EVERY), ("refit", REFRESH)):
+            extra = name.replace(",", f" + {part},")
+            if extra in milliseconds and extra != name:
+                row[part] = milliseconds[extra] - milliseconds[name]
+                row["amortised"] += row[part] / cadence
+        if bytes_too:
+            with LiveBytes() as counter:
+                step(*point.batches[0])
+            row["peak_bytes"] = counter.peak
+        found[name] = row
+    for row in found.values():
+        row["ratio"] = row["amortised"] / found["backprop"]["amortised"]
+    solution = point.model.settle(point.batches[0][0], Anderson(step=STEP, max_steps=100, tol=1e-5))
+    rates = contraction_rate(point.model, point.batches[0][0], solution.value, 0.5)
+    return {"arms": found, "rate_arnoldi": rates.max().item(), "horizon": horizon}
+
+
+def compiled_backprop(point: Point, rounds: int = 20) -> dict:
+    """The backprop step under torch.compile, beside the eager one: milliseconds of both, and seconds to compile."""
+    model, values = point.twin, list(point.twin.parameters())
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return model.loss(model.block.output(model.block.start(model.clamp(inputs))), targets).mean()
+
+    fused, seconds = torch.compile(loss), {"eager": [], "compiled": []}
+    began = time.perf_counter()
+    torch.autograd.grad(fused(*point.batches[0]), values)
+    compilation = time.perf_counter() - began
+    for count in range(rounds):
+        for name, function in (("eager", loss), ("compiled", fused)):
+            began = time.perf_counter()
+            torch.autograd.grad(function(*point.batches[count % BATCHES]), values)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()} | {"compilation_seconds": compilation}
+
+
+def table(results: dict) -> str:
+    lines = []
+    for point, found in results.items():
+        lines.append(f"{point}: rate_arnoldi at step 0.5 {found['rate_arnoldi']:.3f}; {found['horizon']} Euler steps to {FREE:g}")
+        for name, row in found["arms"].items():
+            lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x"
+                         + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint {row['adjoint_residual']:.1e}"
+                            if "cosine" in row else ""))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), action="append", help="one size, again for another; all by default")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="time backprop under torch.compile too (needs a C++ compiler)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
+    options = parser.parse_args()
+    if options.rounds < 1 or math.isnan(options.rounds):
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for size in options.size or SIZES:
+        at = points(size)
+        print(f"== {size}: {machine()['processor']}, {torch.get_num_threads()} threads, {fastest()} backend", flush=True)
+        results = {point.name: measure(point, options.rounds) for point in at}
+        print(table(results), flush=True)
+        found[size] = {"machine": machine(), "rounds": options.rounds, "points": results}
+        if options.compile:
+            found[size]["compiled_backprop"] = compiled_backprop(at[0], options.rounds)
+            print(f"  backprop, eager and under torch.compile: {found[size]['compiled_backprop']}", flush=True)
+        text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+        partial = options.out.with_name(f".{options.out.name}.{os.getpid()}")
+        partial.write_text(text)
+        os.replace(partial, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

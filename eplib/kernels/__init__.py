@@ -1,0 +1,253 @@
+"""The optional compiled CPU kernel of `blocks.Thick`: the same dynamics, several times faster than eager PyTorch.
+
+`python -m eplib.kernels` builds it where a C++ compiler is at hand (set-up does so); `backend="compiled"` uses it. The PyTorch
+path is the reference: forces and products agree with it to float32 rounding, settled states to the solver's tolerance. The
+kernel is float32, on CPU, for real states and without qk_norm; anything else is refused, never computed in another way.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import Attractor, EquilibriumBlock, Thick
+from ..solvers import Solution, Status, Substitution
+
+SOURCE = Path(__file__).with_name("thick.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+MULTIPLE, HEAD = 16, 4  # of which the width, and the width of a head, are multiples
+
+
+class KernelError(RuntimeError):
+    """The compiled kernel is not there, or cannot do what was asked of it; the message says what to do."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first of c++, g++, clang++ on the PATH."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def path() -> Path:
+    """Where the library for this source, these flags and this processor lies, built or not."""
+    cpu = Path("/proc/cpuinfo")
+    features = [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))][:1] if cpu.exists() \
+        else [platform.processor()]
+    identity = "\n".join([SOURCE.read_text(), *FLAGS, platform.machine(), *features])
+    return SOURCE.parent / "build" / f"thick-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.so"
+
+
+def knows(block: Any, width: int, heads: int) -> bool:
+    """Whether the kernel computes the block of this configuration at this width and number of heads."""
+    return isinstance(block, Thick | Attractor) and not block.qk_norm and width % MULTIPLE == 0 and width // heads % HEAD == 0
+
+
+def available() -> bool:
+    """Whether the kernel is built."""
+    return path().exists()
+
+
+def build() -> Path:
+    """Compiles the kernel (seconds). Raises `KernelError` without a compiler or with what the compiler said."""
+    target, program = path(), compiler()
+    if target.exists():
+        return target
+    if program is None:
+        raise KernelError("no C++ compiler found (c++, g++ or clang++; CXX names another); backend=\"torch\" needs none")
+    target.parent.mkdir(exist_ok=True)
+    for old in target.parent.glob("thick-*"):
+        old.unlink()
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    for threads in (["-fopenmp"], []):  # without OpenMP the kernel starts threads of its own
+        done = subprocess.run([program, *FLAGS, *threads, str(SOURCE), "-o", str(partial)], capture_output=True, text=True)
+        if not done.returncode:
+            break
+    else:
+        partial.unlink(missing_ok=True)
+        raise KernelError(f"{program} could not compile {SOURCE.name}: {done.stderr.strip()[-2000:]}")
+    os.replace(partial, target)
+    return target
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "width", "heads", "hidden", "causal")] + [("decay", ctypes.c_float)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("n", "inverse", "q", "k", "v", "k_tiles", "v_tiles", "weights", "out", "slope")]
+
+
+class _Solver(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("chunk", "max_steps", "memory")] + [
+        (name, ctypes.c_float) for name in ("step", "tol")]
+
+
+MEMORY = 16  # of Anderson, at most
+CHUNK = 8  # tokens that are settled together, where the solver leaves it open
+OUTCOME = 5  # of each sample: squares, allowed (float), evaluations, fallbacks, diverged (int)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded kernel. Raises `KernelError` if it is not built."""
+    if not available():
+        raise KernelError("the compiled kernel is not built; run: python -m eplib.kernels, or choose backend=\"torch\"")
+    loaded = ctypes.CDLL(str(path()))
+    loaded.eplib_packed.restype = ctypes.c_long
+    return loaded
+
+
+def _pointer(a: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(a.data_ptr())
+
+
+def _plain(a: Tensor) -> Tensor:
+    if a.dtype != torch.float32 or a.device.type != "cpu":
+        raise KernelError(f"the compiled kernel is for float32 on a CPU, got {a.dtype} on {a.device}; use backend=\"torch\"")
+    return a.contiguous()
+
+
+class CompiledBlock:
+    """An `EquilibriumBlock` at its present weights, computed by the kernel; graphs are not recorded.
+
+    It has the block's interface: force, `start`, `linearise`, and `substitute` for a whole phase. Raises `KernelError` for a block that the kernel does not know.
+    """
+
+    def __init__(self, block: EquilibriumBlock):
+        layers = block.layers if isinstance(block, EquilibriumBlock) else None
+        if layers is None or layers.qk_norm or layers.width % MULTIPLE or layers.width // layers.heads % HEAD:
+            raise KernelError(f"the compiled kernel knows blocks.Thick without qk_norm, of a width that is a multiple of {MULTIPLE} "
+                              f"and heads of a multiple of {HEAD}; this is {type(block).__name__}. Use backend=\"torch\"")
+        self.block = block
+        self.settled: tuple[Tensor, CompiledJacobian] | None = None  # the last free state, and J there
+        self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
+        weights = [_plain(value.detach()) for value in (
+            layers.qkv.weight, layers.wo.weight, layers.w1.weight, layers.w2.weight, layers.ln1.weight, layers.ln1.bias,
+            layers.ln2.weight, layers.ln2.bias)]
+        self.packed = torch.empty(self.library.eplib_packed(self.width, self.hidden))
+        self.library.eplib_pack(self.width, self.hidden, *map(_pointer, weights), _pointer(self.packed))
+
+    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        return self._evaluate(z, x, linearise=False)[0]
+
+    def linearise(self, z: Tensor, x: Tensor) -> "CompiledJacobian":
+        if self.settled and self.settled[0].data_ptr() == z.data_ptr() and self.settled[0].numel() == z.numel():
+            return self.settled[1]
+        return CompiledJacobian(self, self._evaluate(z, x, linearise=True)[1])
+
+    def start(self, x: Tensor) -> Tensor:
+        return self.block.start(x)
+
+    def substitute(self, solver: Substitution, x: Tensor, start: Tensor) -> Solution:
+        """The free phase by substitution; J at its end is at hand for `linearise`."""
+        z, x, outcome = _plain(start).clone(), _plain(x), torch.zeros(x.shape[0], OUTCOME, dtype=torch.int32)
+        cache = _Storage(self, z)
+        self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver), z.shape[0], _pointer(x),
+                                  _pointer(z), _pointer(outcome), torch.get_num_threads())
+        self.settled = z, CompiledJacobian(self, cache)
+        return _solution(z, outcome, z.flatten(1).norm(dim=1), solver)
+
+    def _evaluate(self, z: Tensor, x: Tensor, linearise: bool) -> tuple[Tensor, "_Storage"]:
+        z = _plain(z)
+        samples, repeat = z.shape[:-2].numel(), z.shape[:-2].numel() // x.shape[:-2].numel()
+        cache, push = _Storage(self, z), torch.empty_like(z)
+        self.library.eplib_force(cache.shape, _pointer(self.packed), cache.pointers, samples, repeat, int(linearise), _pointer(z),
+                                 _pointer(_plain(x)), _pointer(push), torch.get_num_threads())
+        return push, cache
+
+
+class _Storage:
+    """What the kernel keeps at states (..., T, C). Memory goes back to `spare` and is used again by the next of the same shape:
+    fresh pages would cost as much as the force."""
+
+    spare: dict[tuple, list[list[Tensor]]] = {}
+
+    def __init__(self, compiled: CompiledBlock, z: Tensor):
+        layers, tokens = compiled.block.layers, z.shape[-2]
+        self.samples, padded = z.shape[:-2].numel(), compiled.library.eplib_padded(tokens)
+        heads, width, hidden, rows = layers.heads, compiled.width, compiled.hidden, self.samples * tokens
+        sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, rows * heads * padded, rows * (width + hidden), rows * hidden)
+        kept = self.spare.setdefault(sizes, [])
+        self.parts = kept.pop() if kept else [torch.empty(size) for size in sizes]
+        weakref.finalize(self, kept.append, self.parts).atexit = False
+        self.n, self.out = self.parts[0].view(rows, width), self.parts[8].view(rows, width + hidden)
+        self.pointers = ctypes.byref(_Cache(*(part.data_ptr() for part in self.parts)))
+        self.shape = ctypes.byref(_Shape(tokens, width, heads, hidden, int(layers.causal), 1 + compiled.block.damping))
+
+
+class CompiledJacobian:
+    """J at a state, as `blocks.Jacobian`; products take several directions per sample, (B, K, T, C)."""
+
+    def __init__(self, compiled: CompiledBlock, cache: _Storage):
+        self.compiled, self.cache, self.columns = compiled, cache, 3 * compiled.width + compiled.hidden
+        self.solved: tuple[Tensor, Tensor] | None = None  # an adjoint state, and the derivatives behind its last product
+
+    def product(self, v: Tensor) -> Tensor:
+        v = _plain(v)
+        to, samples = torch.empty_like(v), v.shape[:-2].numel()
+        self.compiled.library.eplib_product(self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, samples,
+                                            samples // self.cache.samples, _pointer(v), _pointer(to), torch.get_num_threads())
+        return to
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self._back(_plain(u))[0]
+
+    def _back(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        to, samples = torch.empty_like(u), u.shape[:-2].numel()
+        back = torch.zeros(*u.shape[:-1], self.columns)
+        self.compiled.library.eplib_transposed(
+            self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, samples, samples // self.cache.samples,
+            _pointer(u), _pointer(back), _pointer(to), torch.get_num_threads())
+        return to, back
+
+    def substitute(self, solver: Substitution, slope: Tensor, scale: Tensor) -> Solution:
+        """Solves J^T a = -slope, residual relative to scale (B,), by substitution from the last token to the first."""
+        a = _plain(slope).clone()
+        outcome, back = torch.zeros(a.shape[0], OUTCOME, dtype=torch.int32), torch.empty(*a.shape[:-1], self.columns)
+        sent = torch.zeros(*a.shape[:-1], 2 * self.compiled.width)
+        self.compiled.library.eplib_adjoint(
+            self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, _settings(solver), a.shape[0],
+            _pointer(_plain(slope)), _pointer(_plain(scale)), _pointer(a), _pointer(back), _pointer(sent), _pointer(outcome),
+            torch.get_num_threads())
+        self.solved = a, back
+        return _solution(a, outcome, scale, solver)
+
+    def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        back = self.solved[1] if self.solved and self.solved[0] is u else self._back(_plain(u))[1]
+        layers, width = self.compiled.block.layers, self.compiled.width
+        back = back.flatten(0, -2)
+        into, sums = back.mT @ self.cache.n, back.sum(0)  # (3 C + E, C): gradient of the folded weights; and of the bias
+        found = {}
+        for norm, layer, part in (("ln1", "qkv", slice(None, 3 * width)), ("ln2", "w1", slice(3 * width, None))):
+            weight, gain, bias = getattr(layers, layer).weight, getattr(layers, norm).weight, getattr(layers, norm).bias
+            found |= {f"layers.{norm}.weight": (weight * into[part]).sum(0), f"layers.{norm}.bias": sums[part] @ weight,
+                      f"layers.{layer}.weight": into[part] * gain + torch.outer(sums[part], bias)}
+        out = u.flatten(0, -2).mT @ self.cache.out
+        return found | {"layers.wo.weight": out[:, :width], "layers.w2.weight": out[:, width:]}, u
+
+
+def _settings(solver: Substitution) -> Any:
+    if solver.memory > MEMORY:
+        raise KernelError(f"the compiled kernel keeps at most {MEMORY} differences, got memory={solver.memory}; choose fewer")
+    return ctypes.byref(_Solver(solver.chunk or CHUNK, solver.max_steps, solver.memory, solver.step, solver.tol))
+
+
+def _solution(value: Tensor, outcome: Tensor, unit: Tensor, solver: Substitution) -> Solution:
+    squares = outcome[:, 0].view(torch.float32)
+    residual = squares.sqrt() / unit
+    worst = int(outcome[:, 4].max())
+    status = {1: Status.DIVERGED, 2: Status.NONFINITE}.get(worst) or (
+        Status.MAX_STEPS if (residual > solver.tol).any() else Status.CONVERGED)
+    tokens = value.shape[-2]
+    steps = -(-outcome[:, 2] // tokens)  # evaluations of the whole sample, rounded up
+    evaluations = -(-int(outcome[:, 2].sum()) // (tokens * len(outcome)))
+    return Solution(value, residual, steps.long(), residual * torch.nan, evaluations, status, int((outcome[:, 3] > 0).sum()))

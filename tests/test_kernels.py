@@ -1,0 +1,192 @@
+"""The compiled kernel against the PyTorch path, which is its reference."""
+
+import itertools
+
+import pytest
+import torch
+
+import eplib
+from eplib import blocks, estimators, kernels, models
+from eplib.diagnostics import agreement
+from eplib.solvers import Anderson, Relaxation, Status, Substitution, norm, relative_force
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled kernel is not built: python -m eplib.kernels")
+
+SHAPES = [(16, 4, 5, True), (32, 4, 13, True), (64, 4, 40, True), (48, 2, 9, False), (64, 8, 16, False)]
+
+
+def system(width=32, heads=4, tokens=13, causal=True, strength=1.0, damping=0.0, batch=3):
+    """A block with all its weights away from their initial values, and a clamp."""
+    torch.manual_seed(0)
+    block = blocks.Thick(causal=causal, init=strength, damping=damping).build(width, heads, tokens)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return block, torch.randn(batch, tokens, width)
+
+
+def close(a, b, tolerance=2e-6):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize(("width", "heads", "tokens", "causal"), SHAPES)
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, damping):
+    block, x = system(width, heads, tokens, causal, damping=damping)
+    z, v = torch.randn_like(x), torch.randn_like(x)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        ours, theirs = compiled.linearise(z, x), block.linearise(z, x)
+        assert close(compiled(z, x), block(z, x))
+        assert close(ours.product(v), theirs.product(v))
+        assert close(ours.transposed(v), theirs.transposed(v))
+        grads, truth = ours.contract(v)[0], theirs.contract(v)[0]
+        assert set(grads) == set(truth)
+        for name in truth:
+            assert close(grads[name], truth[name], 5e-6), name
+
+
+def test_several_trajectories_share_a_clamp_and_a_linearisation():
+    block, x = system()
+    z, v = torch.randn(3, 2, 13, 32), torch.randn(3, 2, 13, 32)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        jacobian = compiled.linearise(z[:, 0], x)
+        assert close(compiled(z, x.unsqueeze(1)), block(z, x.unsqueeze(1)))
+        both = torch.stack([jacobian.product(v[:, k].contiguous()) for k in range(2)], 1)
+        assert torch.equal(jacobian.product(v), both)
+        both = torch.stack([jacobian.transposed(v[:, k].contiguous()) for k in range(2)], 1)
+        assert torch.equal(jacobian.transposed(v), both)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 40])
+def test_substitution_ends_where_pytorch_does(causal, chunk):
+    block, x = system(64, 4, 40, causal, strength=0.4)
+    solver = Substitution(step=0.7, max_steps=100, tol=1e-5, chunk=chunk)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        ours, theirs = solver.settle(compiled, x), Anderson(step=0.7, max_steps=200, tol=1e-6).settle(block, x)
+        assert ours.status is Status.CONVERGED and (ours.residual <= 1e-5).all()
+        assert torch.allclose(relative_force(block(ours.value, x), ours.value), ours.residual, rtol=0.05, atol=1e-7)
+        assert close(ours.value, theirs.value, 5e-5)
+        reference = solver.settle(block, x)  # the same substitution in PyTorch
+        assert reference.status is Status.CONVERGED and close(reference.value, theirs.value, 5e-5)
+
+        slope, jacobian = torch.randn_like(x), compiled.linearise(ours.value, x)
+        scale = norm(slope)
+        a = solver.adjoint(jacobian, slope, scale)
+        assert a.status is Status.CONVERGED and (a.residual <= 1e-5).all()
+        exact = Anderson(step=0.7, max_steps=300, tol=1e-6).adjoint(block.linearise(ours.value, x), slope, scale)
+        assert close(a.value, exact.value, 1e-4)
+        kept, fresh = jacobian.contract(a.value)[0], jacobian.contract(a.value.clone())[0]  # of the last pass, and anew
+        for name in fresh:
+            assert close(kept[name], fresh[name], 1e-5), name
+
+
+def test_the_free_state_brings_its_linearisation():
+    block, x = system()
+    v = torch.randn_like(x)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        z = Substitution(tol=1e-4).settle(compiled, x).value
+        assert compiled.linearise(z, x) is compiled.settled[1]
+        assert close(compiled.linearise(z, x).transposed(v), block.linearise(z, x).transposed(v))
+        assert compiled.linearise(z.clone(), x) is not compiled.settled[1]
+
+
+def test_results_do_not_depend_on_threads_or_neighbours():
+    block, x = system(64, 4, 40, batch=7)
+    solver, threads = Substitution(tol=1e-4, chunk=3), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                found.append(solver.settle(kernels.CompiledBlock(block), x))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other.value, found[0].value) and torch.equal(other.steps, found[0].steps)
+    alone = solver.settle(kernels.CompiledBlock(block), x[4:5])
+    assert torch.equal(alone.value[0], found[0].value[4])
+
+
+def test_a_phase_that_cannot_settle_says_so_with_its_best_state():
+    block, x = system(strength=3.0)  # far outside the contractive region
+    with torch.no_grad():
+        few = Substitution(step=0.7, max_steps=4, tol=1e-7).settle(kernels.CompiledBlock(block), x)
+        assert few.status is Status.MAX_STEPS
+        assert torch.allclose(relative_force(block(few.value, x), few.value), few.residual, rtol=1e-3)
+        wild = Substitution(step=2.0, max_steps=400, tol=1e-7, memory=1).settle(kernels.CompiledBlock(block), 1e4 * x)
+        true = relative_force(block(wild.value, 1e4 * x), wild.value)
+        assert wild.status is not Status.CONVERGED or (true < 1e-5).all()
+        x[1, 2, 3] = torch.nan
+        broken = Substitution(step=0.7, max_steps=20, tol=1e-4).settle(kernels.CompiledBlock(block), x)
+        assert broken.status is Status.NONFINITE and not broken.residual[1].isfinite()
+
+
+def test_acceleration_that_stalls_falls_back_and_is_counted():
+    """Far outside the contractive region some sample stalls; what comes back is its best state with that state's residual."""
+    with torch.no_grad():
+        for strength, step, memory in itertools.product((1.0, 2.0, 3.0, 5.0), (1.2, 1.6, 2.0), (1, 2)):
+            block, x = system(strength=strength, tokens=24, batch=8)
+            compiled = kernels.CompiledBlock(block)
+            found = Substitution(step=step, max_steps=200, tol=1e-5, memory=memory, chunk=24).settle(compiled, x)
+            if found.fallbacks:
+                break
+        assert found.fallbacks > 0
+        assert torch.allclose(relative_force(block(found.value, x), found.value), found.residual, rtol=1e-2, atol=1e-7)
+        assert Substitution(step=0.5, max_steps=300, tol=1e-5).settle(kernels.CompiledBlock(system()[0]), system()[1]).fallbacks == 0
+
+
+@pytest.mark.parametrize("estimator", [estimators.DyadicEP(), estimators.AsymEP(beta=0.5), estimators.VectorField(beta=0.5),
+                                       estimators.Tracking(beta=0.5, held=True, warm=True), estimators.Implicit()],
+                         ids=lambda e: e.kind)
+def test_the_gradient_is_that_of_pytorch(estimator):
+    torch.manual_seed(0)
+    model = models.LanguageModel(vocab=11, width=32, heads=4, context=12, block=blocks.Thick(init=0.6))
+    inputs = torch.randint(11, (4, 12))
+    settings = {"estimator": estimator, "solver": Substitution(step=0.7, tol=1e-6, max_steps=200),
+                "nudged": Substitution(step=0.7, tol=1e-4, max_steps=200)}
+    ours, theirs = (eplib.gradient(model, inputs, inputs.roll(-1, 1), backend=backend, **settings)
+                    for backend in ("compiled", "torch"))
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    for group, found in agreement(ours.grads, theirs.grads).items():
+        assert found.error < 3e-3, group
+
+
+def test_it_refuses_what_it_does_not_compute():
+    block, x = system()
+    with pytest.raises(kernels.KernelError, match="float32"):
+        kernels.CompiledBlock(block)(x.double(), x)
+    with pytest.raises(kernels.KernelError, match="qk_norm"):
+        kernels.CompiledBlock(blocks.Thick(qk_norm=True).build(32, 4, 8))
+    with pytest.raises(kernels.KernelError, match="LayeredBlock"):
+        kernels.CompiledBlock(blocks.Layered().build(32, 4, 8))
+    with pytest.raises(kernels.KernelError, match="multiple of 16"):
+        kernels.CompiledBlock(blocks.Thick().build(24, 4, 8))
+    with pytest.raises(kernels.KernelError, match="memory=17"):
+        Substitution(memory=17).settle(kernels.CompiledBlock(block), x)
+    model = models.LanguageModel(vocab=5, width=32, heads=4, context=8, block=blocks.Thick())
+    with pytest.raises(ValueError, match="torch, compiled"):
+        model.settle(torch.zeros(1, 8, dtype=torch.long), Relaxation(), backend="fast")
+
+
+def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "path", lambda: tmp_path / "build" / "thick-0.so")
+    monkeypatch.setattr(kernels, "compiler", lambda: None)
+    kernels.library.cache_clear()
+    try:
+        with pytest.raises(kernels.KernelError, match="python -m eplib.kernels"):
+            kernels.CompiledBlock(system()[0])
+        with pytest.raises(kernels.KernelError, match="no C\\+\\+ compiler"):
+            kernels.build()
+    finally:
+        kernels.library.cache_clear()
+    (tmp_path / "broken.cpp").write_text("int main( {")
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "broken.cpp")
+    with pytest.raises(kernels.KernelError, match="could not compile broken.cpp"):
+        kernels.build()
+    assert not any((tmp_path / "build").iterdir())
