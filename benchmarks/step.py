@@ -1,12 +1,13 @@
 """What does one training step cost? EP against backpropagation, BPTT, implicit differentiation and torchdeq.
 
-    make bench                                    # all sizes, several minutes
+    make bench                                    # all sizes, about 20 minutes
     python -m benchmarks.step --size c64          # one of them
 
 Everything is timed in one process, the arms in turn, so that whatever else the machine does falls on all of them; a time is the
-median of the rounds after a warm-up (of a quarter of them for arms slower than twenty backprop steps). Beside it stand what makes times comparable: the free residual, the adjoint residual, and the
-cosine of the gradient (block and embeddings) with a converged one in float64, each the worst of the batches. What is not paid at
-every step is measured on its own and shared out: the rate penalty over its cadence, the refit of the start over its refresh.
+median of the rounds after a warm-up (of a quarter of them for arms slower than twenty backprop steps). Beside it stands what
+makes times comparable: the free residual, the adjoint residual, and the cosine of the gradient (block and embeddings) with a
+converged one in float64, each the worst of the batches. What is not paid at every step is measured on its own and shared out:
+the rate penalty over its cadence, the refit of the start over its refresh.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def points(size: str) -> list[Point]:
 def points_of(config: RunConfig, trained: EquilibriumModel) -> list[Point]:
     """A run's initial weights and its trained ones, with batches that it never saw."""
     task = build_task(config, ROOT / "data")
-    ordinary = replace(config, model=replace(config.model, block=Feedforward(causal=config.model.block.causal)), penalties=(), audit_every=None,
-                       estimator=Backprop())
+    block = Feedforward(causal=config.model.block.causal)
+    ordinary = replace(config, model=replace(config.model, block=block), estimator=Backprop(), penalties=(), audit_every=None)
     twin = build_model(ordinary, build_task(ordinary, ROOT / "data"))
     batches = [task.batch(config.steps + i) for i in range(BATCHES)]
     return [Point("initial", build_model(config, task), twin, batches), Point("trained", trained, twin, batches)]
@@ -166,7 +167,8 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
 def converged(point: Point) -> list[dict[str, Tensor]]:
     """The gradient of each batch in float64, both phases to 1e-9."""
     model, tight = deepcopy(point.model).double(), Anderson(step=STEP, max_steps=300, tol=1e-9)
-    return [eplib.gradient(model, *_wide(batch), estimator=Implicit(), solver=tight, nudged=tight).grads for batch in point.batches]
+    return [eplib.gradient(model, *_wide(batch), estimator=Implicit(), solver=tight, nudged=tight).grads
+            for batch in point.batches]
 
 
 def _wide(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -197,8 +199,8 @@ def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> di
 def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda name: True, bytes_too: bool = True) -> dict:
     """Median milliseconds, ratio to backprop, accuracy and peak live bytes of every arm at one point.
 
-    The linear response is given with its amortised costs, and apart: `milliseconds` holds the bare step, `penalty` and `refit` what
-    each adds when it runs, `amortised` the sum at their cadence.
+    The linear response is given with its amortised costs, and apart: `milliseconds` holds the bare step, `penalty` and `refit`
+    what each adds when it runs, `amortised` the sum at their cadence.
     """
     horizon = int(point.model.settle(point.batches[0][0], Relaxation(step=STEP, tol=FREE, max_steps=300)).steps.max())
     steps = {name: step for name, step in arms(point, fastest(), max(1, horizon)).items() if only(name)}
@@ -259,11 +261,12 @@ def compiled_backprop(point: Point, rounds: int = 20) -> dict:
 def table(results: dict) -> str:
     lines = []
     for point, found in results.items():
-        lines.append(f"{point}: rate_arnoldi at step 0.5 {found['rate_arnoldi']:.3f}; {found['horizon']} Euler steps to {FREE:g}")
+        lines.append(f"{point}: rate_arnoldi at step 0.5 {found['rate_arnoldi']:.3f}; {found['horizon']} Euler steps to "
+                     f"{FREE:g}")
         for name, row in found["arms"].items():
             lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x"
-                         + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint {row['adjoint_residual']:.1e}"
-                            if "cosine" in row else ""))
+                         + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint "
+                            f"{row['adjoint_residual']:.1e}" if "cosine" in row else ""))
     return "\n".join(lines)
 
 

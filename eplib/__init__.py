@@ -10,7 +10,7 @@ __all__ = ["gradient", "__version__"]
 
 _LAZY = {"gradient": "estimators"}
 _MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics", "estimators", "horizons", "models",
-            "plotting", "records", "solvers", "spectra", "training")
+            "kernels", "plotting", "records", "solvers", "spectra", "starts", "training")
 
 
 def __getattr__(name: str):

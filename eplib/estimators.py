@@ -36,8 +36,8 @@ Beta = Annotated[float, Field(gt=0)]
 class Problem:
     """One batch at its free equilibrium: what an estimator may look at. x (B, ...) and state (B, ...) without a graph.
 
-    carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace. dynamics: what computes
-    the block, by default the model's block itself (`EquilibriumModel.dynamics`).
+    carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace. dynamics: what
+    computes the block, by default the model's block itself (`EquilibriumModel.dynamics`).
     """
 
     model: EquilibriumModel
@@ -154,8 +154,8 @@ def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver,
 
     nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
     ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's
-    own residual, which moves all trajectories alike, drops out. The trajectories start at z* - beta_k response, by default at z*.
-    Returns the final states as well.
+    own residual, which moves all trajectories alike, drops out. The trajectories start at z* - beta_k response, by default at
+    z*. Returns the final states as well.
     """
     centre = problem.state.unsqueeze(1)  # (B, 1, ...)
     nudges, weights = _lanes(nudges, problem.state), _lanes(weights, problem.state)
@@ -278,8 +278,8 @@ class Tracking:
     """Corrected EP re-linearised at the moving common mode m = (z_+ + z_-) / 2, both trajectories in lockstep (002).
 
     The correction is odd, +-(J(m) - J(m)^T) d with d = (z_+ - z_-) / 2, so it is computed once for the pair; there is no
-    one-sided form. held: m stays at z*, which saves the linearisations. warm: the pair starts at its linear response z* -+ beta a,
-    J^T a = -g being solved first to half the tolerance, and then only has to confirm it.
+    one-sided form. held: m stays at z*, which saves the linearisations. warm: the pair starts at its linear response z* -+ beta
+    a, J^T a = -g being solved first to half the tolerance, and then only has to confirm it.
     """
 
     kind: Literal["Tracking"] = "Tracking"
@@ -295,7 +295,9 @@ class Tracking:
             odd = _asymmetric(jacobian, (plus - minus) / 2)
             return torch.stack([odd, -odd], 1)
 
-        linear = replace(solver, tol=solver.tol / 2).adjoint(problem.jacobian, problem.slope, problem.scale) if self.warm else None
+        linear = None
+        if self.warm:
+            linear = replace(solver, tol=solver.tol / 2).adjoint(problem.jacobian, problem.slope, problem.scale)
         found = _contrast(problem, *_points(problem, self.beta, "symmetric"), solver, correction, cost=4 if self.held else 5,
                           response=linear and linear.value)[0]
         return replace(found, evaluations=found.evaluations + linear.evaluations) if linear else found
@@ -306,8 +308,8 @@ class DyadicEP:
     """Dyadic EP: midpoint m' = F(m) and difference d' = J(m)^T d - beta g(m), a = -d / beta (Scurria et al. 2026).
 
     held: m stays at z*, which makes it the linear response of corrected EP: J^T a = -g is solved by one transposed product per
-    step, without a bias in beta, which then only sets the displacement that is reported. Otherwise m and d relax together as one
-    state (B, 2, ...).
+    step, without a bias in beta, which then only sets the displacement that is reported. Otherwise m and d relax together as
+    one state (B, 2, ...).
     """
 
     kind: Literal["DyadicEP"] = "DyadicEP"
@@ -402,10 +404,10 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     """Gradient of the mean loss over the batch, with the sign, scale and reduction of torch.autograd.
 
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
-    `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, or how it is predicted, by
-    default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`, which computes the phases and
-    products; what needs a graph is PyTorch's in either. `.grad` is never touched. Raises TypeError if the estimator and the block
-    do not fit; a diverged phase is no exception but gives `grads=None`.
+    `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, or how it is predicted,
+    by default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`, which computes the phases and
+    products; what needs a graph is PyTorch's in either. `.grad` is never touched. Raises TypeError if the estimator and the
+    block do not fit; a diverged phase is no exception but gives `grads=None`.
     """
     state = dict(state or {})
     measured: dict[str, float] = {}

@@ -93,8 +93,8 @@ class LanguageModel(EquilibriumModel):
 
         In a causal block the states of the past do not depend on what follows, so each step settles the new token alone, under
         the keys and values of those before it: exactly the state it has in the whole sequence. A window that has reached
-        `context` tokens goes on with its last half, whose positions move, so that it is settled anew. Blocks without such a past
-        settle the window for every token.
+        `context` tokens goes on with its last half, whose positions move, so that it is settled anew. Blocks without such a
+        past settle the window for every token.
         """
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")

@@ -16,8 +16,8 @@ class LinearStart:
     """z_0 = A (x, 1): the fixed point as a linear function of the clamp, fitted to the last settled batch every `refresh`
     gradients.
 
-    A (C + 1, C), by ridge regression over all tokens, is carried in the report's state. It changes where the phase starts, never
-    where it ends: the solver's residual is what it was. Only for states of the shape of the clamp.
+    A (C + 1, C), by ridge regression over all tokens, is carried in the report's state. It changes where the phase starts,
+    never where it ends: the solver's residual is what it was. Only for states of the shape of the clamp.
     """
 
     refresh: Annotated[int, Field(ge=1)] = 10

@@ -97,8 +97,8 @@ class RunConfig:
     experiment, arm: what the run is for; the name adds learning rate and seed. gate: free residual (max over the batch) above
     which the step is a recovery step: the penalties' gradient alone is applied. evaluate_every: steps between evaluations
     during training, on `evaluation_batches` validation batches; the whole split is evaluated at the end. keep: steps after
-    which the weights are kept, besides the last. start: how the free phase's start is predicted. audit_every: steps between audits of the linear response, in which the same
-    gradient is computed by two trajectories and the cosine of the two is logged.
+    which the weights are kept, besides the last. start: how the free phase's start is predicted. audit_every: steps between
+    audits of the linear response, in which the same gradient is computed by two trajectories and the cosine of the two logged.
     """
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]

@@ -97,8 +97,8 @@ def imports(tree: ast.Module, package: str | None, root: Path) -> set[str]:
 
 
 def closure(start: Iterable[str], root: Path) -> list[str]:
-    """Paths of the given modules, of all modules of this repository they import, directly or not, and of the C++ sources that lie in
-    a package among them, sorted."""
+    """Paths of the given modules, of all modules of this repository they import, directly or not, and of the C++ sources that
+    lie in a package among them, sorted."""
     todo, files = set(start), {}
     while todo:
         dotted = todo.pop()

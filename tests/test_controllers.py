@@ -175,3 +175,16 @@ def test_the_real_probe_does_not_resolve_a_rotation_and_the_spectrum_does():
     assert spectra.contraction_rate(model, inputs, z, STEP) == pytest.approx(torch.full_like(z[:, 0], 0.9), rel=1e-9)
     seen = [ContractionRate(products=n)(at(model, inputs, z), STEP).measured["rate_probe"] for n in (20, 21)]
     assert max(seen) > 1.5
+
+
+def test_a_penalty_at_a_cadence_costs_nothing_in_between():
+    torch.manual_seed(0)
+    model = models.LanguageModel(vocab=7, width=8, heads=2, context=6, block=blocks.Thick(init=1.0))
+    inputs, state, seen = torch.randint(7, (3, 6)), {}, []
+    for _ in range(5):
+        report = eplib.gradient(model, inputs, inputs, estimator=estimators.DyadicEP(), solver=SETTLE, state=state,
+                                penalties=(ContractionRate(target=0.1, every=2),))
+        state = report.state
+        seen.append(bool(report.penalty_grads))
+        assert ("rate_probe" in report.measured) == seen[-1]
+    assert seen == [True, False, True, False, True]

@@ -7,8 +7,9 @@ import torch
 
 import eplib
 from eplib import blocks, estimators, kernels, models
-from eplib.diagnostics import agreement
+from eplib.diagnostics import LiveBytes, agreement
 from eplib.solvers import Anderson, Relaxation, Status, Substitution, norm, relative_force
+from eplib.starts import LinearStart
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled kernel is not built: python -m eplib.kernels")
 
@@ -137,7 +138,8 @@ def test_acceleration_that_stalls_falls_back_and_is_counted():
                 break
         assert found.fallbacks > 0
         assert torch.allclose(relative_force(block(found.value, x), found.value), found.residual, rtol=1e-2, atol=1e-7)
-        assert Substitution(step=0.5, max_steps=300, tol=1e-5).settle(kernels.CompiledBlock(system()[0]), system()[1]).fallbacks == 0
+        block, x = system(strength=0.4)
+        assert Substitution(step=0.5, max_steps=300, tol=1e-5).settle(kernels.CompiledBlock(block), x).fallbacks == 0
 
 
 @pytest.mark.parametrize("estimator", [estimators.DyadicEP(), estimators.AsymEP(beta=0.5), estimators.VectorField(beta=0.5),
@@ -190,3 +192,34 @@ def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
     with pytest.raises(kernels.KernelError, match="could not compile broken.cpp"):
         kernels.build()
     assert not any((tmp_path / "build").iterdir())
+
+
+def small_step(backend, start=None, state=None, **settings):
+    torch.manual_seed(0)
+    model = models.LanguageModel(vocab=11, width=32, heads=4, context=24, block=blocks.Thick(init=0.8))
+    inputs = torch.randint(11, (6, 24))
+    chosen = {"solver": Substitution(step=0.8, tol=1e-4), "nudged": Substitution(step=0.8, tol=5e-3)} | settings
+    return eplib.gradient(model, inputs, inputs.roll(-1, 1), estimator=estimators.DyadicEP(), backend=backend, start=start,
+                          state=state, **chosen)
+
+
+def test_a_step_takes_no_more_evaluations_than_it_did():
+    """The guard on speed: counts, which do not depend on the machine's load. Substitution saves against whole sequences, the linear
+    start against the clamp."""
+    whole, tokens = small_step("torch"), small_step("compiled")
+    fitted = small_step("compiled", LinearStart(), small_step("compiled", LinearStart()).state)
+    counts = [report.measured["force_evaluations"] for report in (whole, tokens, fitted)]
+    assert counts[0] > counts[1] > counts[2]
+    assert counts[0] <= 46 and counts[1] <= 29 and counts[2] <= 27
+    assert (fitted.free.residual <= 1e-4).all() and (fitted.nudged.residual <= 5e-3).all()
+
+
+def test_memory_does_not_grow_with_the_steps():
+    def peak(steps):
+        exactly = Substitution(step=0.8, max_steps=steps, tol=0.0)
+        with LiveBytes() as counter:
+            small_step("compiled", solver=exactly, nudged=exactly)
+        return counter.peak
+
+    peak(10)  # the first call's storage is kept for the next
+    assert peak(10) == peak(400)

@@ -515,8 +515,8 @@ def test_generation_is_deterministic_keeps_the_prompt_and_outgrows_the_context(r
 
 
 def test_generation_settles_one_token_at_a_time_as_the_whole_sequence_does(root, tmp_path, monkeypatch):
-    """Until the window is full each step settles one token, and has the state and the logits of the whole sequence settled anew;
-    then the window goes on with its last half."""
+    """Until the window is full each step settles one token, and has the state and the logits of the whole sequence settled
+    anew; then the window goes on with its last half."""
     trainer = Trainer(config(), tmp_path, root / "data")
     model, tight, settled = trainer.model, Relaxation(step=0.8, max_steps=200, tol=1e-7), []
     solve = Relaxation.solve

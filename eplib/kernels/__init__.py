@@ -83,7 +83,8 @@ class _Shape(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("n", "inverse", "q", "k", "v", "k_tiles", "v_tiles", "weights", "out", "slope")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("n", "inverse", "q", "k", "v", "k_tiles", "v_tiles", "weights", "out",
+                                                     "slope")]
 
 
 class _Solver(ctypes.Structure):
@@ -119,14 +120,16 @@ def _plain(a: Tensor) -> Tensor:
 class CompiledBlock:
     """An `EquilibriumBlock` at its present weights, computed by the kernel; graphs are not recorded.
 
-    It has the block's interface: force, `start`, `linearise`, and `substitute` for a whole phase. Raises `KernelError` for a block that the kernel does not know.
+    It has the block's interface: force, `start`, `linearise`, and `substitute` for a whole phase. Raises `KernelError` for a
+    block that the kernel does not know.
     """
 
     def __init__(self, block: EquilibriumBlock):
         layers = block.layers if isinstance(block, EquilibriumBlock) else None
         if layers is None or layers.qk_norm or layers.width % MULTIPLE or layers.width // layers.heads % HEAD:
-            raise KernelError(f"the compiled kernel knows blocks.Thick without qk_norm, of a width that is a multiple of {MULTIPLE} "
-                              f"and heads of a multiple of {HEAD}; this is {type(block).__name__}. Use backend=\"torch\"")
+            raise KernelError(f"the compiled kernel knows blocks.Thick without qk_norm, of a width that is a multiple of "
+                              f"{MULTIPLE} and heads of a multiple of {HEAD}; this is {type(block).__name__}. Use "
+                              "backend=\"torch\"")
         self.block = block
         self.settled: tuple[Tensor, CompiledJacobian] | None = None  # the last free state, and J there
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
@@ -151,8 +154,8 @@ class CompiledBlock:
         """The free phase by substitution; J at its end is at hand for `linearise`."""
         z, x, outcome = _plain(start).clone(), _plain(x), torch.zeros(x.shape[0], OUTCOME, dtype=torch.int32)
         cache = _Storage(self, z)
-        self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver), z.shape[0], _pointer(x),
-                                  _pointer(z), _pointer(outcome), torch.get_num_threads())
+        self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver), z.shape[0],
+                                  _pointer(x), _pointer(z), _pointer(outcome), torch.get_num_threads())
         self.settled = z, CompiledJacobian(self, cache)
         return _solution(z, outcome, z.flatten(1).norm(dim=1), solver)
 
@@ -160,8 +163,8 @@ class CompiledBlock:
         z = _plain(z)
         samples, repeat = z.shape[:-2].numel(), z.shape[:-2].numel() // x.shape[:-2].numel()
         cache, push = _Storage(self, z), torch.empty_like(z)
-        self.library.eplib_force(cache.shape, _pointer(self.packed), cache.pointers, samples, repeat, int(linearise), _pointer(z),
-                                 _pointer(_plain(x)), _pointer(push), torch.get_num_threads())
+        self.library.eplib_force(cache.shape, _pointer(self.packed), cache.pointers, samples, repeat, int(linearise),
+                                 _pointer(z), _pointer(_plain(x)), _pointer(push), torch.get_num_threads())
         return push, cache
 
 
@@ -175,7 +178,8 @@ class _Storage:
         layers, tokens = compiled.block.layers, z.shape[-2]
         self.samples, padded = z.shape[:-2].numel(), compiled.library.eplib_padded(tokens)
         heads, width, hidden, rows = layers.heads, compiled.width, compiled.hidden, self.samples * tokens
-        sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, rows * heads * padded, rows * (width + hidden), rows * hidden)
+        sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, rows * heads * padded,
+                 rows * (width + hidden), rows * hidden)
         kept = self.spare.setdefault(sizes, [])
         self.parts = kept.pop() if kept else [torch.empty(size) for size in sizes]
         weakref.finalize(self, kept.append, self.parts).atexit = False

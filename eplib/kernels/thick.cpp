@@ -66,8 +66,8 @@ static void axpy(int n, float a, const float *x, float *y) {
     for (int i = 0; i < n; i++) y[i] += a * x[i];
 }
 
-// e^x to 2 units in the last place: 2^i times a polynomial on |f| <= 1/2. Adding 1.5 * 2^23 rounds to the integer i, which is then
-// in the low bits.
+// e^x to 2 units in the last place: 2^i times a polynomial on |f| <= 1/2. Adding 1.5 * 2^23 rounds to the integer i, which is
+// then in the low bits.
 static vec exponential(vec x) {
     vec t = x * 1.44269504f;
     t = t > 80.f ? all(80.f) : t;  // no weight is ever denormal
@@ -96,9 +96,9 @@ struct Shape {
     float decay;
 };
 
-// What a linearisation keeps of each sample, (samples, ...): n (T, C), 1 / sigma (T), queries, keys and values (H, T, D), keys and
-// values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T), the input of `Out`
-// (T, C + E): attention and gelu(h), and the slope of gelu (T, E), which holds h itself until the unit is settled.
+// What a linearisation keeps of each sample, (samples, ...): n (T, C), 1 / sigma (T), queries, keys and values (H, T, D), keys
+// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T), the input of
+// `Out` (T, C + E): attention and gelu(h), and the slope of gelu (T, E), which holds h itself until the unit is settled.
 struct Cache {
     float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *out, *slope;
 };
@@ -111,11 +111,11 @@ struct Solver {
 // Sums of one sample over its tokens, as the solves return them.
 struct Outcome {
     float squares, allowed;  // of the force: what it has, and what its settled tokens were allowed
-    int evaluations, fallbacks, diverged;  // of tokens; of units; 1 a state or residual a thousand times its scale, 2 not finite
+    int evaluations, fallbacks, diverged;  // of tokens; of units; 1 grown a thousandfold, 2 not finite
 };
 
-// Terms begin..end of y (R, P panels) = x (R, inner) W: R rows against P panels, `apart` numbers from one panel to the next, all
-// in registers; later terms are added to earlier ones.
+// Terms begin..end of y (R, P panels) = x (R, inner) W: R rows against P panels, `apart` numbers from one panel to the next,
+// all in registers; later terms are added to earlier ones.
 template <int R, int P>
 static inline void block(int begin, int end, const float *const *rows, const float *w, size_t apart, float *y, int ldy) {
     const float *x[R];
@@ -334,23 +334,23 @@ struct Pass {
             }
         }
         by_head(rows, [&](int i, int h) {
-                const Row r = rows[i];
-                const int count = reach(r.token);
-                float *out = cache.out + place(r) * (C + E), *w = weight(r, h);
-                scores(count, D, cache.q + row(r, h), cache.k_tiles + tiles(r.sample, h), w);
-                int end = count;
-                for (; end % LANES; end++) w[end] = -INFINITY;
-                vec most = at(w);
-                for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
-                float top = most[0];
-                for (int j = 1; j < LANES; j++) top = std::max(top, most[j]);
-                vec sum{};
-                for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
-                for (int j = count; j < end; j++) sum[j % LANES] -= w[j], w[j] = 0;
-                const float share = 1 / total(sum);
-                for (int j = 0; j < end; j += LANES) at(w + j) *= share;
-                mixture(count, D, w, 1, cache.v + row({r.sample, 0}, h), D, out + h * D);
-                x[i] = out;
+            const Row r = rows[i];
+            const int count = reach(r.token);
+            float *out = cache.out + place(r) * (C + E), *w = weight(r, h);
+            scores(count, D, cache.q + row(r, h), cache.k_tiles + tiles(r.sample, h), w);
+            int end = count;
+            for (; end % LANES; end++) w[end] = -INFINITY;
+            vec most = at(w);
+            for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
+            float top = most[0];
+            for (int j = 1; j < LANES; j++) top = std::max(top, most[j]);
+            vec sum{};
+            for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
+            for (int j = count; j < end; j++) sum[j % LANES] -= w[j], w[j] = 0;
+            const float share = 1 / total(sum);
+            for (int j = 0; j < end; j += LANES) at(w + j) *= share;
+            mixture(count, D, w, 1, cache.v + row({r.sample, 0}, h), D, out + h * D);
+            x[i] = out;
         });
         multiply(R, C + E, C, x.data(), p.out, narrow.data());
         for (int i = 0; i < R; i++) {
@@ -369,9 +369,9 @@ struct Pass {
         for (int h = 0; h < H; h++) tile(r, h, cache.v + row(r, h), cache.v_tiles);
     }
 
-    // J^T u of rows that belong to whole units, u(i) (C), into `push`. The derivatives in (q, k, v, h) end in back(i) (N), which
-    // holds on entry what tokens outside the unit send to k and v. first(i): first token of the row's unit; rows of a unit are
-    // consecutive.
+    // J^T u of rows that belong to whole units, u(i) (C), into `push`. The derivatives in (q, k, v, h) end in back(i) (N),
+    // which holds on entry what tokens outside the unit send to k and v. first(i): first token of the row's unit; rows of a unit
+    // are consecutive.
     template <class State, class Back, class First>
     void transposed(const std::vector<Row> &rows, State u, Back back, First first) {
         const int R = rows.size(), OP = padded(C + E), CP = padded(C);
@@ -385,14 +385,14 @@ struct Pass {
             for (int j = 0; j < E; j += LANES) at(to + j) = at(y + j) * at(slope + j);
         }
         by_head(rows, [&](int i, int h) {
-                const Row r = rows[i];
-                const float *w = weight(r, h), *drawn = &wide[size_t(i) * OP] + h * D, *out = cache.out + place(r) * (C + E);
-                const int count = reach(r.token);
-                float *ds = &slopes[(size_t(h) * R + i) * TP];
-                scores(count, D, drawn, cache.v_tiles + tiles(r.sample, h), ds);
-                const float along = dot(D, drawn, out + h * D);
-                for (int j = 0; j < count; j += LANES) at(ds + j) = at(w + j) * (at(ds + j) - along) * root;
-                mixture(count, D, ds, 1, cache.k + row({r.sample, 0}, h), D, back(i) + h * D);
+            const Row r = rows[i];
+            const float *w = weight(r, h), *drawn = &wide[size_t(i) * OP] + h * D, *out = cache.out + place(r) * (C + E);
+            const int count = reach(r.token);
+            float *ds = &slopes[(size_t(h) * R + i) * TP];
+            scores(count, D, drawn, cache.v_tiles + tiles(r.sample, h), ds);
+            const float along = dot(D, drawn, out + h * D);
+            for (int j = 0; j < count; j += LANES) at(ds + j) = at(w + j) * (at(ds + j) - along) * root;
+            mixture(count, D, ds, 1, cache.k + row({r.sample, 0}, h), D, back(i) + h * D);
         });
         by_head(rows, [&](int i, int h) {  // what the unit's own queries send to its keys and values
             const Row r = rows[i];
