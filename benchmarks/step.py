@@ -239,6 +239,20 @@ def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda
     return {"arms": found, "rate_arnoldi": rates.max().item(), "horizon": horizon}
 
 
+def generation(point: Point, tokens: int = 40) -> dict:
+    """Milliseconds a token of generated text, the new token settled alone and, for comparison, the whole window for each."""
+    model, solver = point.model, Anderson(step=STEP, tol=FREE)
+    ids = point.batches[0][0][0, :model.context - tokens] if model.context > tokens else point.batches[0][0][0, :1]
+    tokens = min(tokens, model.context - len(ids))
+    began = time.perf_counter()
+    drawn = model.generate(ids, tokens, solver, generator=torch.Generator().manual_seed(0))
+    alone = time.perf_counter() - began
+    began = time.perf_counter()
+    for length in range(len(ids), len(ids) + tokens):
+        model.settle(drawn[None, :length], solver)
+    return {"milliseconds": 1e3 * alone / tokens, "whole_window": 1e3 * (time.perf_counter() - began) / tokens}
+
+
 def compiled_backprop(point: Point, rounds: int = 20) -> dict:
     """The backprop step under torch.compile, beside the eager one: milliseconds of both, and seconds to compile."""
     model, values = point.twin, list(point.twin.parameters())
@@ -286,6 +300,9 @@ def main() -> int:
         results = {point.name: measure(point, options.rounds) for point in at}
         print(table(results), flush=True)
         found[size] = {"machine": machine(), "rounds": options.rounds, "points": results}
+        if size != "mnist":
+            found[size]["generation"] = generation(at[1])
+            print(f"  a generated token: {found[size]['generation']}", flush=True)
         if options.compile:
             found[size]["compiled_backprop"] = compiled_backprop(at[0], options.rounds)
             print(f"  backprop, eager and under torch.compile: {found[size]['compiled_backprop']}", flush=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eplib import spectra
+import eplib
+from eplib import blocks, estimators, models, spectra
 from eplib.controllers import ContractionRate
 from eplib.estimators import Problem
 from eplib.solvers import Relaxation, norm

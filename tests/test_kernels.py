@@ -204,8 +204,8 @@ def small_step(backend, start=None, state=None, **settings):
 
 
 def test_a_step_takes_no_more_evaluations_than_it_did():
-    """The guard on speed: counts, which do not depend on the machine's load. Substitution saves against whole sequences, the linear
-    start against the clamp."""
+    """The guard on speed: counts, which do not depend on the machine's load. Substitution saves against whole sequences, the
+    linear start against the clamp."""
     whole, tokens = small_step("torch"), small_step("compiled")
     fitted = small_step("compiled", LinearStart(), small_step("compiled", LinearStart()).state)
     counts = [report.measured["force_evaluations"] for report in (whole, tokens, fitted)]
