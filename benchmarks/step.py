@@ -287,6 +287,7 @@ def table(results: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), action="append", help="one size, again for another; all by default")
+    parser.add_argument("--point", choices=("initial", "trained"), help="one operating point; both by default")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="time backprop under torch.compile too (needs a C++ compiler)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
@@ -297,7 +298,7 @@ def main() -> int:
     for size in options.size or SIZES:
         at = points(size)
         print(f"== {size}: {machine()['processor']}, {torch.get_num_threads()} threads, {fastest()} backend", flush=True)
-        results = {point.name: measure(point, options.rounds) for point in at}
+        results = {point.name: measure(point, options.rounds) for point in at if options.point in (None, point.name)}
         print(table(results), flush=True)
         found[size] = {"machine": machine(), "rounds": options.rounds, "points": results}
         if size != "mnist":
