@@ -42,6 +42,9 @@ def copy_tree(source: Path, target: Path) -> None:
                 shutil.copy(a, b)
 
         shutil.copytree(raw, target / "data" / "raw", copy_function=link, dirs_exist_ok=True)
+    built = source / "eplib" / "kernels" / "build"  # git ignores the compiled kernel
+    if built.exists():
+        shutil.copytree(built, target / "eplib" / "kernels" / "build", dirs_exist_ok=True)
 
 
 def steps(scratch: Path) -> list[list[str]]:
