@@ -40,7 +40,7 @@ from eplib.starts import LinearStart
 from eplib.training import RunConfig, Trainer, build_model, build_task
 
 BATCHES = 6
-EVERY, REFRESH = 2, 10  # cadence of the rate penalty, and of the start's fit
+REFRESH = 10  # cadence of the fit of the start
 FREE, ADJOINT = 1e-4, 5e-3  # residuals at which the phases stop
 STEP = 0.8
 SLOW = 20  # backprop steps
@@ -48,12 +48,14 @@ SLOW = 20  # backprop steps
 
 @dataclass(frozen=True)
 class Point:
-    """A model at which the step is timed: weights, the ordinary transformer of the same shape, and batches."""
+    """A model at which the step is timed: weights, the ordinary transformer of the same shape, batches, and the penalty of the
+    run that it comes from."""
 
     name: str
     model: EquilibriumModel
     twin: EquilibriumModel
     batches: list[tuple[Tensor, Tensor]]
+    penalty: ContractionRate
 
 
 SIZES = {  # changes of the run of E3 or E2 in the quick profile that is trained, and how long
@@ -87,7 +89,8 @@ def points_of(config: RunConfig, trained: EquilibriumModel) -> list[Point]:
     ordinary = replace(config, model=replace(config.model, block=block), estimator=Backprop(), penalties=(), audit_every=None)
     twin = build_model(ordinary, build_task(ordinary, ROOT / "data"))
     batches = [task.batch(config.steps + i) for i in range(BATCHES)]
-    return [Point("initial", build_model(config, task), twin, batches), Point("trained", trained, twin, batches)]
+    return [Point(name, model, twin, batches, config.penalties[0])
+            for name, model in (("initial", build_model(config, task)), ("trained", trained))]
 
 
 def fastest() -> str:
@@ -152,7 +155,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
         found |= {
             f"EP linear response, {name}": ep(estimator=DyadicEP(), **chosen),
             f"EP linear response + penalty, {name}": ep(estimator=DyadicEP(), **chosen, penalties=(
-                ContractionRate(target=0.75, products=3),)),
+                replace(point.penalty, every=1),)),
             f"EP linear response + refit, {name}": ep(estimator=DyadicEP(), **(chosen | {"start": LinearStart(refresh=1)})),
             f"EP two trajectories, warm, {name}": ep(estimator=warm, **chosen),
             f"EP two trajectories, cold, {name}": ep(estimator=cold, **chosen)}
@@ -222,7 +225,7 @@ def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda
         row = {"milliseconds": milliseconds[name], "amortised": milliseconds[name]}
         if name != "backprop":
             row |= accuracy(point, step, truth)
-        for part, cadence in (("penalty", EVERY), ("refit", REFRESH)):
+        for part, cadence in (("penalty", point.penalty.every), ("refit", REFRESH)):
             extra = name.replace(",", f" + {part},")
             if extra in milliseconds and extra != name:
                 row[part] = milliseconds[extra] - milliseconds[name]

@@ -34,6 +34,7 @@ class Dynamical(nn.Module):
 
     explicit = False  # whether the start state is the answer
     holomorphic = False  # whether the force takes complex states
+    damping = 0.0  # c of the term -c z
 
     def drive(self, x: Tensor) -> Tensor:
         return x
@@ -60,6 +61,10 @@ class Jacobian:
 
     def product(self, v: Tensor) -> Tensor:
         return self.inner.product(v) - self.decay * v
+
+    def token_product(self, v: Tensor) -> Tensor:
+        """The diagonal blocks of J over tokens, J_tt v_t for every token t of v (..., T, C)."""
+        return self.inner.token_product(v) - self.decay * v
 
     def transposed(self, u: Tensor) -> Tensor:
         return self.inner.transposed(u) - self.decay * u

@@ -204,6 +204,18 @@ class AttentionSlope:
         # the softmax's slope is ds - weights * rowsum(ds), and weights @ v is known
         return layers.wo(merge_heads(ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + self.weights @ dv))
 
+    def token_product(self, dn: Tensor) -> Tensor:
+        """What each token's own change does to itself: the diagonal blocks over tokens."""
+        layers = self.layers
+        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
+        if layers.qk_norm:
+            dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
+        ds = self.weights * ((dq @ self.k.mT) * self.scale)  # its query meets all keys
+        own = self.weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # (..., H, T, 1): its key and value meet its own query
+        shift = own * (self.q * dk).sum(-1, keepdim=True) * self.scale
+        moved = ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + shift * (self.v - self.mixed) + own * dv
+        return layers.wo(merge_heads(moved))
+
     def _back(self, u: Tensor) -> Tensor:
         """From the output back to q, k, v side by side: (..., T, C) -> (..., T, 3 C)."""
         do = split_heads(u @ self.layers.wo.weight, self.layers.heads)  # (..., H, T, D)
@@ -256,6 +268,10 @@ class ParallelSlope:
     def product(self, v: Tensor) -> Tensor:
         dn = standardise_slope(v, self.n, self.inverse)
         return self.branches[0].product(dn) + self.branches[1].product(dn)
+
+    def token_product(self, v: Tensor) -> Tensor:
+        dn = standardise_slope(v, self.n, self.inverse)
+        return self.branches[0].token_product(dn) + self.branches[1].product(dn)  # the network sees one token at a time
 
     def transposed(self, u: Tensor) -> Tensor:
         return standardise_slope(self.branches[0].transposed(u) + self.branches[1].transposed(u), self.n, self.inverse)

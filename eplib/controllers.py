@@ -1,16 +1,29 @@
-"""Controllers that keep the free phase contracting while the weights learn."""
+"""Controllers that keep the free phase contracting while the weights learn.
+
+A penalty is a function of the weights alone: the free state z* and the directions along which it looks at J = dF/dz are held
+fixed, so its gradient is one backward pass through J v, with every estimator, and never through a relaxation. `Outcome` says
+what it cost in force evaluations (a product with J counts as one; a linearisation with a graph, the product and the backward
+pass through both as six). Which samples are looked at again with a graph depends on the samples: only those that have something
+to penalise.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from .config import configuration
 from .estimators import Problem
 from .solvers import norm
+
+GRAPH = 6  # force evaluations that a linearisation, a product and the backward pass through both cost
+
+Strength = Annotated[float, Field(ge=0)]
+Products = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -22,54 +35,253 @@ class Outcome:
     evaluations: int
 
 
+def _gradient(problem: Problem, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float]:
+    """Gradient of total() in the block's weights, and its value."""
+    parameters = dict(problem.model.block.named_parameters())
+    with torch.enable_grad():
+        value = total()
+        grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return {f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, value.item()
+
+
+def _graph(problem: Problem) -> Any:
+    return problem.model.block.linearise(problem.state, problem.x)
+
+
+def _above(problem: Problem, above: Tensor, excess: Callable[[Any], Tensor],
+           strength: float) -> tuple[dict[str, Tensor], float]:
+    """The same of strength * mean_b excess_b^2, to which only the samples `above` (B,) contribute: excess(J of those)."""
+    if not above.any():
+        return {}, 0.0
+    return _gradient(problem, lambda: strength * excess(problem.model.block.linearise(
+        problem.state[above], problem.x[above])).square().sum() / len(above))
+
+
+def _lanes(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(*values.shape, *(1,) * (like.dim() - values.dim()))
+
+
+def _unit(a: Tensor, tokens: bool = False) -> Tensor:
+    """Each sample, or each token, scaled to norm 1; zero stays zero."""
+    size = a.norm(dim=-1, keepdim=True) if tokens else _lanes(norm(a), a)
+    return a / size.clamp_min(torch.finfo(a.dtype).tiny)
+
+
+def _draw(problem: Problem, key: str) -> Tensor:
+    """Random directions of norm 1, (B, ...), a new draw each call; the count is carried, so a resumed run draws the same."""
+    drawn = int(problem.carried.get(key, 0))
+    problem.carried[key] = torch.tensor(drawn + 1)
+    z = problem.state
+    return _unit(torch.randn(z.shape, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64).to(z))
+
+
+def _leading(problem: Problem, step: float, products: int, size: int) -> Tensor:
+    """Orthonormal basis (B, size, ...) of the last iterates of a power iteration by I + step J, from the last push F(z*).
+
+    It spans a complex pair from size 2 on, which one real vector never settles on.
+    """
+    iterates = [_unit(problem.force(problem.state))]
+    for _ in range(products + size - 1):
+        iterates.append(_unit(iterates[-1] + step * problem.jacobian.product(iterates[-1])))
+    columns = torch.stack(iterates[-size:], 1).flatten(2).mT  # (B, n, size)
+    return torch.linalg.qr(columns)[0].mT.unflatten(2, problem.state.shape[1:])
+
+
+def _compressed(jacobian: Any, basis: Tensor) -> Tensor:
+    """Q^T J Q of each sample, (B, K, K), for an orthonormal basis Q (B, K, ...)."""
+    moved = torch.stack([jacobian.product(q) for q in basis.unbind(1)], 1)
+    return basis.flatten(2) @ moved.flatten(2).mT
+
+
 @configuration
 class ContractionRate:
-    """Penalty strength * mean_b relu(||(I + step J) v_b|| / ||v_b|| - target)^2 on a leading-mode probe v.
+    """Penalty strength * mean_b relu(r_b - target)^2 on the contraction rate r_b of the discrete map z -> z + step F(z), step
+    being the solver's.
 
-    The relaxation that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first
+    The free phase that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first
     order, for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products`
     products v <- (I + step J) v. (A probe carried over from the last batch would have seen other sequences' Jacobians only.)
-    The penalty is explicit in the weights, with z* and v held fixed, so its gradient is one backward pass through J v. What it
-    sees is logged as `rate_probe`: the growth of one real vector, which does not resolve a complex pair;
-    `spectra.contraction_rate` measures the spectral radius itself. every: gradients from one penalty to the next.
+
+    probes = 1: r = ||(I + step J) v|| / ||v||, the growth of one real vector, which for J far from normal is more than its rate
+    of growth in the long run. probes > 1: the spectral radius of I + step J on the span of the last `probes` iterates, which
+    resolves a complex pair. per "token", for a causal block: J is block lower-triangular over tokens, so its spectrum is that
+    of the C x C blocks of single tokens; every token has a probe of its own, moved by its own block, and r is the largest of
+    the sample's tokens. What is seen is logged as `rate_probe`; `spectra` measures the spectral radius itself. every:
+    gradients from one penalty to the next.
     """
 
     kind: Literal["ContractionRate"] = "ContractionRate"
     target: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    strength: Annotated[float, Field(ge=0)] = 200.0
-    products: Annotated[int, Field(ge=0)] = 2
+    strength: Strength = 200.0
+    products: Products = 2
     every: Annotated[int, Field(ge=1)] = 1
+    probes: Annotated[int, Field(ge=1, le=3)] = 1
+    per: Literal["sample", "token"] = "sample"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ContractionRate":
+        if self.per == "token" and self.probes > 1:
+            raise ValueError(f"per token there is one probe, got probes={self.probes}; use per=\"sample\" for several")
+        return self
 
     def __call__(self, problem: Problem, step: float) -> Outcome:
-        """At a free state and its Jacobian. The probe is not carried over, so batches may change in size and length."""
+        """At a free state and its Jacobian. No probe is carried over, so batches may change in size and length. Raises
+        TypeError where tokens have no blocks of their own."""
         call = int(problem.carried.get("penalty_calls", 0))
         problem.carried["penalty_calls"] = torch.tensor(call + 1)
         if call % self.every:
             return Outcome({}, {}, 0)
-        model, x, z = problem.model, problem.x, problem.state
-        tiny = torch.finfo(z.dtype).tiny
+        if self.per == "token" and problem.model.block.prefix() is None:
+            raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal blocks.Thick, "
+                            "or per=\"sample\"")
         with torch.no_grad():
-            jacobian, probe = problem.jacobian, problem.force(z)
-            for _ in range(self.products):
-                probe = probe + step * jacobian.product(probe)
-                probe = probe / norm(probe).clamp_min(tiny).view((-1,) + (1,) * (z.dim() - 1))
-            rate = norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(tiny)  # (B,)
-            excess = (rate - self.target).clamp_min(0)
-            above = excess > 0
+            probe = self._probe(problem, step)
+            # the probing itself may be the kernel's; single tokens' blocks are PyTorch's
+            jacobian = problem.model.block.linearise(problem.state, problem.x) if self.per == "token" else problem.jacobian
+            rate = self._rate(jacobian, probe, step)
+            above = rate > self.target
+        grads, value = _above(problem, above, lambda jacobian: self._rate(jacobian, probe[above], step) - self.target,
+                              self.strength)
+        measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
+        # a force, the products and the measurement; then, for the samples above the target, again with a graph
         share = above.double().mean().item()
-        measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(),
-                    "penalty": self.strength * excess.square().mean().item()}
-        # a force and the products; then, for the samples above the target, the linearisation and one more with a backward pass
-        cost = math.ceil(self.products + 2 + 6 * share)
-        if not above.any():
-            return Outcome({}, measured, cost)
-        with torch.enable_grad():
-            v = probe[above]
-            moved = v + step * model.block.linearise(z[above], x[above]).product(v)
-            total = self.strength * (norm(moved) / norm(v).clamp_min(tiny) - self.target).square().sum() / len(above)
-            parameters = dict(model.block.named_parameters())
-            grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        return Outcome({f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, measured, cost)
+        return Outcome(grads, measured, math.ceil(self.products + 2 * self.probes + self.probes * GRAPH * share))
+
+    def _probe(self, problem: Problem, step: float) -> Tensor:
+        if self.probes > 1:
+            return _leading(problem, step, self.products, self.probes)
+        tokens = self.per == "token"
+        jacobian = problem.model.block.linearise(problem.state, problem.x) if tokens else problem.jacobian
+        move = jacobian.token_product if tokens else jacobian.product
+        probe = problem.force(problem.state)
+        for _ in range(self.products):
+            probe = _unit(probe + step * move(probe), tokens)
+        return probe
+
+    def _rate(self, jacobian: Any, probe: Tensor, step: float) -> Tensor:
+        """r (B,) of the samples along their probes."""
+        if self.probes > 1:
+            small = torch.eye(self.probes).to(probe) + step * _compressed(jacobian, probe)
+            return torch.linalg.eigvals(small).abs().amax(-1)
+        tiny = torch.finfo(probe.dtype).tiny
+        if self.per == "sample":
+            return norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(tiny)
+        moved = probe + step * jacobian.token_product(probe)
+        return (moved.norm(dim=-1) / probe.norm(dim=-1).clamp_min(tiny)).amax(-1)
 
 
-Penalty = ContractionRate
+
+@configuration
+class LeadingMode:
+    """Penalty strength * mean_b relu(alpha_b + margin)^2 on the leading mode of continuous time: alpha_b is the largest real
+    part of the eigenvalues of J on the span of the last two iterates of a power iteration by I + step J.
+
+    step: of that iteration; the smaller, the more it prefers the rightmost mode to one that a larger step would overshoot.
+    """
+
+    kind: Literal["LeadingMode"] = "LeadingMode"
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    strength: Strength = 50.0
+    step: Annotated[float, Field(gt=0, le=1)] = 0.3
+    products: Products = 4
+
+    def __call__(self, problem: Problem, step: float) -> Outcome:
+        with torch.no_grad():
+            basis = _leading(problem, self.step, self.products, 2)
+            alpha = self._abscissa(problem.jacobian, basis)
+            above = alpha > -self.margin
+        grads, value = _above(problem, above, lambda jacobian: self._abscissa(jacobian, basis[above]) + self.margin,
+                              self.strength)
+        share = above.double().mean().item()
+        return Outcome(grads, {"abscissa_probe": alpha.max().item(), "penalty": value},
+                       math.ceil(self.products + 4 + 2 * GRAPH * share))
+
+    @staticmethod
+    def _abscissa(jacobian: Any, basis: Tensor) -> Tensor:
+        return torch.linalg.eigvals(_compressed(jacobian, basis)).real.amax(-1)
+
+
+@configuration
+class ResidualDriven:
+    """A coefficient that follows the free residual: multiplied by (r / target)^gain at every call, r being the batch's largest
+    residual smoothed by an exponential average, and kept within floor and ceiling. The floor is never zero: a controller that
+    has annealed away is not there when the next update needs it (002).
+    """
+
+    target: Annotated[float, Field(gt=0)] = 1.5e-2
+    floor: Annotated[float, Field(gt=0)] = 0.1
+    ceiling: Annotated[float, Field(gt=0)] = 16.0
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.2
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ResidualDriven":
+        if self.ceiling < self.floor:
+            raise ValueError(f"ceiling {self.ceiling} is below floor {self.floor}; choose floor <= ceiling")
+        return self
+
+    def __call__(self, residual: float, carried: dict[str, Tensor], start: float) -> float:
+        """The next coefficient, the last one (at first `start`) and the smoothed residual being carried."""
+        residual = min(residual, 1.0) if math.isfinite(residual) else 1.0  # an exploded phase says no more than 1
+        mean = float(carried.get("residual_mean", residual))
+        mean += (1 - self.smoothing) * (residual - mean)
+        value = float(carried.get("coefficient", start)) * (mean / self.target) ** self.gain
+        value = min(self.ceiling, max(self.floor, value))
+        carried["residual_mean"], carried["coefficient"] = (torch.tensor(v, dtype=torch.float64) for v in (mean, value))
+        return value
+
+
+@configuration
+class JacobianNorm:
+    """Penalty strength * mean_b ||J_f v_b||^2 on a random direction v_b of norm 1, J_f = J + (1 + c) I the derivative of Attn +
+    FFN: Hutchinson's estimate of ||J_f||_F^2 over the number of units (Bai et al. 2021). driven: how the strength follows
+    the residual; None keeps it.
+    """
+
+    kind: Literal["JacobianNorm"] = "JacobianNorm"
+    strength: Strength = 3.0
+    driven: ResidualDriven | None = None
+
+    def __call__(self, problem: Problem, step: float) -> Outcome:
+        v, decay, strength = _draw(problem, "norm_draws"), 1 + problem.model.block.damping, self.strength
+        if self.driven:
+            residual = norm(problem.force(problem.state)) / norm(problem.state)
+            strength = self.driven(residual.max().item(), problem.carried, self.strength)
+        grads, value = _gradient(problem, lambda: strength * norm(_graph(problem).product(v) + decay * v).square().mean())
+        return Outcome(grads, {"penalty": value, "coefficient": strength}, GRAPH + bool(self.driven))
+
+
+@configuration
+class ResidualPenalty:
+    """Penalty strength * mean_b (||F(z_b)|| / ||z_b||)^2 at the state that the free phase reached and that is evaluated: it
+    acts where the phase has not settled and is silent where it has (002)."""
+
+    kind: Literal["ResidualPenalty"] = "ResidualPenalty"
+    strength: Strength = 100.0
+
+    def __call__(self, problem: Problem, step: float) -> Outcome:
+        block, z = problem.model.block, problem.state
+        grads, value = _gradient(problem, lambda: self.strength * (norm(block(z, problem.x)) / norm(z)).square().mean())
+        return Outcome(grads, {"penalty": value}, 3)
+
+
+@configuration
+class Homeostasis:
+    """Jacobian homeostasis: penalty strength * mean_b ||(J - J^T) v_b||^2 on a random direction of norm 1, an estimate of
+    ||J - J^T||_F^2 over the number of units (Laborieux & Zenke 2024). It makes J symmetric, not contracting."""
+
+    kind: Literal["Homeostasis"] = "Homeostasis"
+    strength: Strength = 1.0
+
+    def __call__(self, problem: Problem, step: float) -> Outcome:
+        v = _draw(problem, "homeostasis_draws")
+
+        def total() -> Tensor:
+            jacobian = _graph(problem)
+            return self.strength * norm(jacobian.product(v) - jacobian.transposed(v)).square().mean()
+
+        grads, value = _gradient(problem, total)
+        return Outcome(grads, {"penalty": value}, 2 * GRAPH)
+
+
+Penalty = Annotated[ContractionRate | LeadingMode | JacobianNorm | ResidualPenalty | Homeostasis, Field(discriminator="kind")]

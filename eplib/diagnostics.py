@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .blocks import Dynamical
+from . import spectra
+from .blocks import Dynamical, Jacobian
 from .calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
-from .estimators import BPTT, Adjoint, AsymEP, Estimator, Problem, gradient
+from .estimators import BPTT, Adjoint, AsymEP, DyadicEP, Estimator, Problem, VectorField, asymmetry, gradient
 from .models import EquilibriumModel
-from .solvers import Solver
+from .solvers import Anderson, Solver
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
 
@@ -204,6 +205,54 @@ def singular_radii(model: EquilibriumModel, z: Tensor, v: Tensor) -> dict[str, f
     future = torch.ones_like(slope, dtype=torch.bool).triu(1) if layers.causal else torch.zeros_like(slope, dtype=torch.bool)
     spread = slope.masked_fill(future, -torch.inf).amax(-1) - slope.masked_fill(future, torch.inf).amin(-1)
     return radii | {"softmax": math.pi / spread.max().item()}
+
+
+def attention_distance(jacobian: Any) -> Tensor:
+    """Effective attention distance: sum_s w_ts |t - s| of attention weights w, mean over tokens and heads, (B,), in tokens."""
+    weights = jacobian.inner.branches[0].weights  # (B, H, T, T)
+    places = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
+    return (weights * (places[:, None] - places).abs()).sum(-1).mean((1, 2))
+
+
+def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
+                step: float = 0.5) -> dict[str, float]:
+    """Operator fingerprint (002): what a stored checkpoint's free phase and Jacobian are like on one batch, in one call.
+
+    residual: of the free phase, the largest. abscissa: largest real part of the eigenvalues of J, and frequency: the imaginary
+    part of that eigenvalue; rate_arnoldi: spectral radius of I + step J; both exact and over all tokens for a causal
+    `EquilibriumBlock`, else by Arnoldi. numerical_abscissa, transient_growth (the largest over 1 .. 16 steps of `step`),
+    asymmetry_radius (rho(S^-1 A)) and its residual, asymmetry ||J a - J^T a|| / ||J a|| along the adjoint state, cosine of
+    uncorrected EP's gradient with the exact one over block and embeddings, attention_distance in tokens. Every number is the
+    worst of the batch; cosine and distance are of the batch as a whole. NaN where the free phase diverged.
+    """
+    names = ("abscissa", "frequency", "rate_arnoldi", "numerical_abscissa", "transient_growth", "asymmetry_radius",
+             "asymmetry_radius_residual", "asymmetry", "cosine_uncorrected", "attention_distance")
+    solution = model.settle(inputs, solver)
+    found = {"residual": solution.residual.max().item()} | dict.fromkeys(names, math.nan)
+    if not solution.status.usable:
+        return found
+    with torch.no_grad():
+        z, jacobian = solution.value, model.block.linearise(solution.value, model.clamp(inputs))
+    if isinstance(jacobian, Jacobian) and model.block.layers.causal:
+        values = list(spectra.token_spectra(jacobian, z).flatten(1))
+    else:
+        values = spectra.leading_eigenvalues(jacobian, z)
+    first = max((ritz[ritz.real.argmax()] for ritz in values), key=lambda value: value.real.item())
+    rho, residual = spectra.asymmetry_radius(jacobian, z)
+    exact, plain = (gradient(model, inputs, targets, estimator=kind, solver=solver, start=z, nudged=Anderson(tol=1e-3))
+                    for kind in (DyadicEP(), VectorField(beta=1e-2)))
+    found |= {"abscissa": first.real.item(), "frequency": abs(first.imag.item()),
+              "rate_arnoldi": max((1 + step * ritz).abs().max().item() for ritz in values),
+              "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(),
+              "transient_growth": spectra.transient_growth(jacobian, z, step).max().item(),
+              "asymmetry_radius": rho.max().item(), "asymmetry_radius_residual": residual.max().item()}
+    if exact.grads is not None:
+        found["asymmetry"] = asymmetry(jacobian, exact.adjoint)
+        if plain.grads is not None:
+            found["cosine_uncorrected"] = agreement(without_readout(plain.grads), without_readout(exact.grads))["total"].cosine
+    if isinstance(jacobian, Jacobian):
+        found["attention_distance"] = attention_distance(jacobian).mean().item()
+    return found
 
 
 @dataclass(frozen=True)

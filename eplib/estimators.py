@@ -442,7 +442,9 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     if problem:
         for penalty in penalties:
             outcome = penalty(problem, solver.step)
-            measured |= outcome.measured
+            together = {name: measured[name] + outcome.measured[name] for name in ("penalty",)
+                        if name in measured and name in outcome.measured}
+            measured |= outcome.measured | together
             evaluations += outcome.evaluations
             for name, value in outcome.grads.items():
                 penalty_grads[name] = penalty_grads[name] + value if name in penalty_grads else value

@@ -1,6 +1,13 @@
-"""Spectra of the Jacobian at a state, matrix-free."""
+"""Spectra of the Jacobian at a state, matrix-free: products with J and J^T only.
+
+Every function takes a Jacobian as the blocks' `linearise` gives it and answers for each sample apart. In a causal block token
+t's force depends on z_1 .. z_t only, so J is block lower-triangular over tokens: det(J - lambda I) is the product of the
+det(J_tt - lambda I), and the spectrum is exactly that of the C x C diagonal blocks, `token_spectra`. For other blocks the whole
+operator counts.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +44,97 @@ def spectrum(product: Callable[[Tensor], Tensor], start: Tensor, size: int = 40)
     return found
 
 
+def _start(z: Tensor, seed: int = 0) -> Tensor:
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(z)
+
+
 def contraction_rate(model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, size: int = 40) -> Tensor:
     """rate_arnoldi: spectral radius of I + step * J at the states z (B, ...), per sample (B,)."""
     with torch.no_grad():
         jacobian = model.block.linearise(z, model.clamp(inputs))
-    start = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
-    values = spectrum(lambda v: v + step * jacobian.product(v), start, size)
+    values = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
     return torch.stack([ritz.abs().max() for ritz in values])
+
+
+@torch.no_grad()
+def token_spectra(jacobian: Any, z: Tensor) -> Tensor:
+    """All eigenvalues of a causal block's J at z (B, T, C), token by token: complex (B, T, C). C products with its diagonal
+    blocks and one dense eigenvalue problem a token."""
+    columns = [jacobian.token_product(one.expand_as(z)) for one in torch.eye(z.shape[-1]).to(z)]
+    return torch.linalg.eigvals(torch.stack(columns, -1).double())  # blocks (B, T, C, C)
+
+
+@torch.no_grad()
+def leading_eigenvalues(jacobian: Any, z: Tensor, step: float = 0.3, size: int = 40) -> list[Tensor]:
+    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample: Arnoldi on I + step J, of which the
+    rightmost modes of J lead while step * |lambda| < 1."""
+    found = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
+    values = [(ritz - 1) / step for ritz in found]
+    return [ritz[ritz.real.argsort(descending=True)] for ritz in values]
+
+
+@torch.no_grad()
+def numerical_abscissa(jacobian: Any, z: Tensor, size: int = 40) -> Tensor:
+    """Largest eigenvalue of S = (J + J^T) / 2 at z (B, ...), (B,), by Lanczos: the fastest growth that any deviation has at
+    first. Above zero, some grow before they decay, if the abscissa is below."""
+    found = spectrum(lambda v: (jacobian.product(v) + jacobian.transposed(v)) / 2, _start(z), size)
+    return torch.stack([ritz.real.max() for ritz in found])
+
+
+@torch.no_grad()
+def transient_growth(jacobian: Any, z: Tensor, step: float, counts: tuple[int, ...] = (1, 2, 4, 8, 16),
+                     rounds: int = 12) -> Tensor:
+    """||(I + step J)^k|| for each k of counts at z (B, ...), (B, len(counts)): how much k steps of the relaxation can enlarge a
+    deviation. By power iteration on M^T M, M = (I + step J)^k, so a lower bound that `rounds` tighten."""
+    lanes, found = (-1,) + (1,) * (z.dim() - 1), []
+    for count in counts:
+        v = _start(z)
+        for _ in range(rounds):
+            v = v / norm(v).view(lanes)
+            for _ in range(count):
+                v = v + step * jacobian.product(v)
+            size = norm(v)
+            for _ in range(count):
+                v = v + step * jacobian.transposed(v)
+        found.append(size)
+    return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def asymmetry_radius(jacobian: Any, z: Tensor, size: int = 30, most: int = 400, tol: float = 1e-7) -> tuple[Tensor, Tensor]:
+    """rho(S^-1 A) at z (B, ...), S and A the symmetric and antisymmetric parts of J: (B,), and the worst relative residual (B,)
+    of the inner solves.
+
+    Arnoldi on v -> S^-1 A v; S, which need not be definite, is inverted by conjugate residuals, at most `most` iterations to
+    `tol`. Where the returned residual is large S is nearly singular and rho has no digits.
+    """
+    lanes = (-1,) + (1,) * (z.dim() - 1)
+
+    def symmetric(v: Tensor) -> Tensor:
+        return (jacobian.product(v) + jacobian.transposed(v)) / 2
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(1)
+
+    worst = torch.zeros_like(norm(z))
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal worst
+        residual = (jacobian.product(v) - jacobian.transposed(v)) / 2
+        scale, tiny = norm(residual), torch.finfo(v.dtype).tiny
+        solution, moved = torch.zeros_like(v), symmetric(residual)
+        direction, along = residual, moved
+        for _ in range(most):
+            if (norm(residual) <= tol * scale).all():
+                break
+            before = dot(residual, moved)
+            alpha = (before / dot(along, along).clamp_min(tiny)).view(lanes)
+            solution, residual = solution + alpha * direction, residual - alpha * along
+            moved = symmetric(residual)
+            beta = (dot(residual, moved) / torch.where(before == 0, tiny, before)).view(lanes)
+            direction, along = residual + beta * direction, moved + beta * along
+        worst = torch.maximum(worst, norm(residual) / scale.clamp_min(tiny))
+        return solution
+
+    found = spectrum(product, _start(z), size)
+    return torch.stack([ritz.abs().max() for ritz in found]), worst

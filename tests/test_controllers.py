@@ -1,11 +1,14 @@
 """The contraction-rate penalty against finite differences, and spectra against dense eigenvalues."""
 
+import math
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eplib
-from eplib import blocks, estimators, models, spectra
-from eplib.controllers import ContractionRate
+from eplib import blocks, diagnostics, estimators, models, spectra
+from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven, ResidualPenalty
 from eplib.estimators import Problem
 from eplib.solvers import Relaxation, norm
 from systems import linear_system, linear_batch, transformer
@@ -189,3 +192,229 @@ def test_a_penalty_at_a_cadence_costs_nothing_in_between():
         seen.append(bool(report.penalty_grads))
         assert ("rate_probe" in report.measured) == seen[-1]
     assert seen == [True, False, True, False, True]
+
+
+# --- every penalty is the formula of its docstring, with the state and its directions held
+
+def pieces(model, z):
+    """J of each sample as a function of the weights, (B, n, n), by autograd of the force with a graph in the weights."""
+    x = model.block.start(z)  # any clamp: J does not depend on it
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
+        return _pieces(model, z, x)
+
+
+def _pieces(model, z, x):
+    return torch.stack([torch.autograd.functional.jacobian(lambda s, i=i: model.block(s, x[i:i + 1]).flatten(), z[i:i + 1],
+                                                           create_graph=True).flatten(1) for i in range(len(z))])
+
+
+def unit_draw(z, seed):
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (v / norm(v).view(-1, 1, 1)).flatten(1)
+
+
+def krylov(model, z, force, step, products, size):
+    js = pieces(model, z).detach()
+    iterates = [force.flatten(1)]
+    for _ in range(products + size - 1):
+        iterates.append(torch.stack([v + step * j @ v for v, j in zip(iterates[-1], js, strict=True)]))
+        iterates[-1] = iterates[-1] / iterates[-1].norm(dim=1, keepdim=True)
+    return torch.linalg.qr(torch.stack(iterates[-size:], -1))[0]  # (B, n, size)
+
+
+def norm_formula(model, z, force):
+    v, eye = unit_draw(z, 0), torch.eye(z[0].numel(), dtype=z.dtype)
+    return 3.0 * ((pieces(model, z) + 1.25 * eye) @ v.unsqueeze(-1)).square().sum((1, 2)).mean()
+
+
+def homeostasis_formula(model, z, force):
+    j, v = pieces(model, z), unit_draw(z, 0)
+    return 1.5 * ((j - j.mT) @ v.unsqueeze(-1)).square().sum((1, 2)).mean()
+
+
+def mode_formula(model, z, force):
+    q = krylov(model, z, force, 0.3, 4, 2)
+    alpha = torch.linalg.eigvals(q.mT @ pieces(model, z) @ q).real.amax(-1)
+    return 50.0 * (alpha + 0.9).clamp_min(0).square().mean()
+
+
+def pair_formula(model, z, force):
+    q = krylov(model, z, force, STEP, 2, 2)
+    small = q.mT @ (torch.eye(z[0].numel(), dtype=z.dtype) + STEP * pieces(model, z)) @ q
+    return 20.0 * (torch.linalg.eigvals(small).abs().amax(-1) - 0.3).clamp_min(0).square().mean()
+
+
+def token_formula(model, z, force):
+    tokens, width = z.shape[1:]
+    blocks_ = pieces(model, z).unflatten(1, (tokens, width)).unflatten(3, (tokens, width))
+    own = torch.stack([blocks_[:, t, :, t] for t in range(tokens)], 1)  # (B, T, C, C)
+    move = torch.eye(width, dtype=z.dtype) + STEP * own
+    v = force
+    for _ in range(2):
+        v = (move.detach() @ v.unsqueeze(-1)).squeeze(-1)
+        v = v / v.norm(dim=-1, keepdim=True)
+    rate = (move @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1).amax(-1)
+    return 20.0 * (rate - 0.3).clamp_min(0).square().mean()
+
+
+def residual_formula(model, z, force):
+    return 100.0 * (norm(model.block(z, model.held)) / norm(z)).square().mean()
+
+
+PENALTIES = {
+    "norm": (JacobianNorm(strength=3.0), norm_formula), "homeostasis": (Homeostasis(strength=1.5), homeostasis_formula),
+    "mode": (LeadingMode(margin=0.9), mode_formula), "residual": (ResidualPenalty(), residual_formula),
+    "pair": (ContractionRate(target=0.3, strength=20.0, probes=2), pair_formula),
+    "token": (ContractionRate(target=0.3, strength=20.0, per="token"), token_formula)}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_value_and_gradient_are_those_of_the_formula(name):
+    controller, formula = PENALTIES[name]
+    model, inputs, _ = transformer(damping=0.25)
+    z = model.settle(inputs, SETTLE).value
+    model.held = model.clamp(inputs).detach()
+    outcome = controller(at(model, inputs, z), STEP)
+    value = formula(model, z, model.block(z, model.held).detach())
+    assert value > 0 and outcome.measured["penalty"] == pytest.approx(value.item(), rel=1e-7)
+    parameters = {f"block.{k}": p for k, p in model.block.named_parameters()}
+    truth = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    assert set(outcome.grads) == set(parameters)
+    for key, grad in zip(parameters, truth, strict=True):
+        assert torch.allclose(outcome.grads[key], grad, rtol=1e-6, atol=1e-9 * value.item()), key
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_no_penalty_costs_more_than_it_states(name, monkeypatch):
+    controller, _ = PENALTIES[name]
+    model, inputs, _ = transformer(damping=0.25)
+    z = model.settle(inputs, SETTLE).value
+    spent = {"plain": 0, "graph": 0.0}
+
+    def counting(cls, method):
+        original = getattr(cls, method)
+
+        def counted(self, *arguments):
+            spent["graph" if torch.is_grad_enabled() else "plain"] += len(arguments[0]) / len(z)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(cls, method, counted)
+
+    problem = at(model, inputs, z)
+    for method in ("product", "transposed", "token_product"):
+        counting(blocks.Jacobian, method)
+    counting(blocks.EquilibriumBlock, "forward")
+    outcome = controller(problem, STEP)
+    graph = 3 if name == "residual" else 6  # a force with a graph, and its backward pass
+    assert 0 < spent["plain"] + graph * spent["graph"] <= outcome.evaluations
+
+
+def test_two_probes_resolve_a_complex_pair_that_one_does_not():
+    model, (inputs, _) = linear_system(symmetric=False), linear_batch()
+    turn = torch.tensor([[-0.2, 1.5], [-0.3, -0.2]], dtype=torch.float64)  # eigenvalues -0.2 +- 0.67 i, far from normal
+    with torch.no_grad():
+        model.block.matrix.copy_(torch.block_diag(turn, -torch.eye(4, dtype=torch.float64)))
+    z = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    radius = (1 + 0.5 * torch.linalg.eigvals(turn)).abs().max().item()
+    pair = ContractionRate(products=40, probes=2)(at(model, inputs, z), 0.5).measured
+    assert pair["rate_probe"] == pytest.approx(radius, rel=1e-6)
+    one = [ContractionRate(products=40 + i)(at(model, inputs, z), 0.5).measured["rate_probe_mean"] for i in range(8)]
+    assert max(one) - min(one) > 0.02  # it turns on and on
+    mode = LeadingMode(products=40, margin=0.1)(at(model, inputs, z), 0.5).measured
+    assert mode["abscissa_probe"] == pytest.approx(-0.2, abs=1e-6)
+
+
+def test_the_driven_coefficient_follows_the_residual_between_floor_and_ceiling():
+    driven, carried = ResidualDriven(target=1e-2, floor=0.5, ceiling=4.0, gain=0.5, smoothing=0.0), {}
+    assert driven(1e-2, carried, 1.0) == pytest.approx(1.0)
+    assert driven(4e-2, carried, 1.0) == pytest.approx(2.0)
+    assert driven(float("nan"), carried, 1.0) == 4.0  # an exploded phase drives it up, to the ceiling
+    values = [driven(1e-6, carried, 1.0) for _ in range(3)]
+    assert values[-1] == 0.5 and driven(0.0, carried, 1.0) == 0.5  # never to zero
+    with pytest.raises(ValueError, match="floor"):
+        ResidualDriven(floor=2.0, ceiling=1.0)
+    model, inputs, z = small()
+    problem, driven = at(model, inputs, z), ResidualDriven(target=1e-9, ceiling=1e6)
+    first = JacobianNorm(strength=1.0, driven=driven)(problem, STEP).measured["coefficient"]
+    assert JacobianNorm(strength=1.0, driven=driven)(problem, STEP).measured["coefficient"] > first > 1
+
+
+def test_penalties_add_up_and_are_the_same_with_every_estimator():
+    model, inputs, targets = transformer()
+    both = (JacobianNorm(strength=2.0), ContractionRate(target=0.3))
+    solver = Relaxation(step=0.3, max_steps=400, tol=1e-10)
+    found = [eplib.gradient(model, inputs, targets, estimator=kind, solver=solver, nudged=solver, penalties=both)
+             for kind in (estimators.DyadicEP(), estimators.OneStep(), estimators.BPTT(steps=400))]
+    assert found[0].measured["penalty"] > max(
+        eplib.gradient(model, inputs, targets, estimator=estimators.OneStep(), solver=solver,
+                       penalties=(one,)).measured["penalty"] for one in both)
+    alone = eplib.gradient(model, inputs, targets, estimator=estimators.OneStep(), solver=solver, penalties=both[:1])
+    for name, grad in alone.penalty_grads.items():
+        assert not torch.allclose(grad, found[1].penalty_grads[name]), name
+        assert torch.equal(found[0].penalty_grads[name], found[1].penalty_grads[name]), name
+
+
+def test_per_token_needs_a_causal_block_and_one_probe():
+    model, inputs, _ = transformer("image")
+    z = model.settle(inputs, SETTLE).value
+    with pytest.raises(TypeError, match="causal"):
+        ContractionRate(per="token")(at(model, inputs, z), STEP)
+    with pytest.raises(ValueError, match="one probe"):
+        ContractionRate(per="token", probes=2)
+
+
+# --- spectra of a causal block, token by token, and what else a fingerprint holds
+
+def settled(kind="language"):
+    model, inputs, targets = transformer(kind)
+    z = model.settle(inputs, Relaxation(step=0.3, max_steps=400, tol=1e-10)).value
+    return model, inputs, targets, z, model.block.linearise(z, model.clamp(inputs).detach()), dense(model, inputs, z)
+
+
+def test_the_spectrum_of_a_causal_block_is_that_of_its_tokens():
+    model, inputs, _, z, jacobian, matrices = settled()
+    found = spectra.token_spectra(jacobian, z)
+    for values, matrix in zip(found, matrices, strict=True):
+        truth = list(torch.linalg.eigvals(matrix))
+        for value in values.flatten():  # as sets: each is one of the dense ones, which is then used up
+            nearest = min(range(len(truth)), key=lambda i: (truth[i] - value).abs().item())
+            assert (truth.pop(nearest) - value).abs() < 1e-6
+        assert not truth
+
+
+@pytest.mark.parametrize("kind", ["language", "image"])
+def test_matrix_free_measures_equal_the_dense_ones(kind):
+    model, inputs, _, z, jacobian, matrices = settled(kind)
+    size = z[0].numel()
+    leading = spectra.leading_eigenvalues(jacobian, z, size=size)
+    abscissa = spectra.numerical_abscissa(jacobian, z)
+    growth = spectra.transient_growth(jacobian, z, STEP, counts=(1, 4), rounds=200)
+    rho, residual = spectra.asymmetry_radius(jacobian, z, size=size, tol=1e-12)
+    assert residual.max() < 1e-8
+    for b, matrix in enumerate(matrices):
+        s, a = (matrix + matrix.mT) / 2, (matrix - matrix.mT) / 2
+        assert leading[b][0].real.item() == pytest.approx(torch.linalg.eigvals(matrix).real.max().item(), abs=1e-6)
+        assert abscissa[b].item() == pytest.approx(torch.linalg.eigvalsh(s)[-1].item(), rel=1e-4)
+        move = torch.eye(size, dtype=z.dtype) + STEP * matrix
+        for k, found in zip((1, 4), growth[b], strict=True):
+            largest = torch.linalg.matrix_norm(torch.linalg.matrix_power(move, k), 2).item()
+            assert 0.998 * largest < found.item() < largest * (1 + 1e-9)  # a lower bound, tight to what the gap allows
+        assert rho[b].item() == pytest.approx(torch.linalg.eigvals(torch.linalg.solve(s, a)).abs().max().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["language", "image"])
+def test_a_fingerprint_is_one_call_on_a_model(kind):
+    model, inputs, targets, z, jacobian, matrices = settled(kind)
+    solver = Relaxation(step=0.3, max_steps=400, tol=1e-10)
+    found = diagnostics.fingerprint(model, inputs, targets, solver, step=STEP)
+    values = [torch.linalg.eigvals(matrix) for matrix in matrices]
+    assert found["abscissa"] == pytest.approx(max(v.real.max().item() for v in values), abs=1e-4)
+    assert found["rate_arnoldi"] == pytest.approx(max((1 + STEP * v).abs().max().item() for v in values), rel=1e-3)
+    assert -1 <= found["cosine_uncorrected"] < 0.999 and found["asymmetry"] > 0.1
+    weights = jacobian.inner.branches[0].weights
+    by_hand = sum(weights[:, :, t, s].mean().item() * abs(t - s) for t in range(z.shape[1]) for s in range(z.shape[1]))
+    assert found["attention_distance"] == pytest.approx(by_hand / z.shape[1], rel=1e-9)
+    with torch.no_grad():
+        model.block.layers.w2.weight.fill_(math.nan)
+    broken = diagnostics.fingerprint(model, inputs, targets, solver)
+    assert set(broken) == set(found) and all(math.isnan(value) for name, value in broken.items() if name != "residual")

@@ -93,7 +93,7 @@ class _Solver(ctypes.Structure):
 
 
 MEMORY = 16  # of Anderson, at most
-CHUNK = 8  # tokens that are settled together, where the solver leaves it open
+CHUNK = 2  # tokens that are settled together, where the solver leaves it open
 OUTCOME = 5  # of each sample: squares, allowed (float), evaluations, fallbacks, diverged (int)
 
 
