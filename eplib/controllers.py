@@ -95,8 +95,10 @@ def _compressed(jacobian: Any, basis: Tensor) -> Tensor:
 
 @configuration
 class ContractionRate:
-    """Penalty strength * mean_b relu(r_b - target)^2 on the contraction rate r_b of the discrete map z -> z + step F(z), step
-    being the solver's.
+    """Penalty strength * mean_b relu(r_b - target)^2 on the contraction rate r_b of the discrete map z -> z + step F(z).
+
+    step: the solver's by default. A smaller one than the solver's asks less of the left edge of the spectrum, which an
+    accelerated solver meets with ease, and more of the right one.
 
     The free phase that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first
     order, for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products`
@@ -117,6 +119,7 @@ class ContractionRate:
     every: Annotated[int, Field(ge=1)] = 1
     probes: Annotated[int, Field(ge=1, le=3)] = 1
     per: Literal["sample", "token"] = "sample"
+    step: Annotated[float, Field(gt=0, le=2)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ContractionRate":
@@ -127,6 +130,7 @@ class ContractionRate:
     def __call__(self, problem: Problem, step: float) -> Outcome:
         """At a free state and its Jacobian. No probe is carried over, so batches may change in size and length. Raises
         TypeError where tokens have no blocks of their own."""
+        step = self.step or step
         call = int(problem.carried.get("penalty_calls", 0))
         problem.carried["penalty_calls"] = torch.tensor(call + 1)
         if call % self.every:

@@ -236,16 +236,14 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
     if isinstance(jacobian, Jacobian) and model.block.layers.causal:
         values = list(spectra.token_spectra(jacobian, z).flatten(1))
     else:
-        values = spectra.leading_eigenvalues(jacobian, z)
-    first = max((ritz[ritz.real.argmax()] for ritz in values), key=lambda value: value.real.item())
+        values = spectra.eigenvalues(jacobian, z, step)
     rho, residual = spectra.asymmetry_radius(jacobian, z)
     exact, plain = (gradient(model, inputs, targets, estimator=kind, solver=solver, start=z, nudged=Anderson(tol=1e-3))
                     for kind in (DyadicEP(), VectorField(beta=1e-2)))
-    found |= {"abscissa": first.real.item(), "frequency": abs(first.imag.item()),
-              "rate_arnoldi": max((1 + step * ritz).abs().max().item() for ritz in values),
-              "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(),
-              "transient_growth": spectra.transient_growth(jacobian, z, step).max().item(),
-              "asymmetry_radius": rho.max().item(), "asymmetry_radius_residual": residual.max().item()}
+    found |= spectra.edges(values, step) | {
+        "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(),
+        "transient_growth": spectra.transient_growth(jacobian, z, step).max().item(),
+        "asymmetry_radius": rho.max().item(), "asymmetry_radius_residual": residual.max().item()}
     if exact.grads is not None:
         found["asymmetry"] = asymmetry(jacobian, exact.adjoint)
         if plain.grads is not None:

@@ -41,6 +41,17 @@ METHODS: dict[str, tuple[str, str, Line]] = {
     "attractor": ("Attractor, backbone + head", PALETTE[0], "-"),
     "layered": ("Layered, by EP", PALETTE[3], "-"),
     "layered_backprop": ("its twin, by backprop", "#262626", "--"),
+    "uncontrolled": ("no controller", PALETTE[4], ":"),
+    "norm": ("Jacobian norm", PALETTE[7], "-"),
+    "norm_driven": ("Jacobian norm, residual-driven", PALETTE[7], "--"),
+    "residual": ("residual penalty", PALETTE[5], "--"),
+    "recipe": ("driven norm + residual", PALETTE[5], "-"),
+    "homeostasis": ("homeostasis", PALETTE[8], "-"),
+    "leading": ("leading mode", PALETTE[2], "-"),
+    "rate": ("rate, one probe", PALETTE[0], "-"),
+    "rate_pair": ("rate, two probes", PALETTE[3], "-"),
+    "rate_token": ("rate, per token", PALETTE[1], "-"),
+    "rate_damped": ("rate, two probes, c = 1", PALETTE[3], "--"),
 }
 
 

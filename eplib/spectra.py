@@ -48,12 +48,28 @@ def _start(z: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(z)
 
 
+@torch.no_grad()
+def eigenvalues(jacobian: Any, z: Tensor, step: float, size: int = 40) -> list[Tensor]:
+    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample: Arnoldi on I + step J, which finds the edges
+    of the spectrum first. All eigenvalues where size reaches the number of units."""
+    found = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
+    values = [(ritz - 1) / step for ritz in found]
+    return [ritz[ritz.real.argsort(descending=True)] for ritz in values]
+
+
 def contraction_rate(model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, size: int = 40) -> Tensor:
     """rate_arnoldi: spectral radius of I + step * J at the states z (B, ...), per sample (B,)."""
     with torch.no_grad():
         jacobian = model.block.linearise(z, model.clamp(inputs))
-    values = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
-    return torch.stack([ritz.abs().max() for ritz in values])
+    return torch.stack([(1 + step * values).abs().max() for values in eigenvalues(jacobian, z, step, size)])
+
+
+def edges(values: list[Tensor], step: float) -> dict[str, float]:
+    """Of eigenvalues of J, one tensor a sample, the worst of the batch: rate_arnoldi, the spectral radius of I + step J;
+    abscissa, the largest real part; frequency, the imaginary part there, zero for a real mode."""
+    first = max((some[some.real.argmax()] for some in values), key=lambda value: value.real.item())
+    return {"rate_arnoldi": max((1 + step * some).abs().max().item() for some in values), "abscissa": first.real.item(),
+            "frequency": abs(first.imag.item())}
 
 
 @torch.no_grad()
@@ -62,15 +78,6 @@ def token_spectra(jacobian: Any, z: Tensor) -> Tensor:
     blocks and one dense eigenvalue problem a token."""
     columns = [jacobian.token_product(one.expand_as(z)) for one in torch.eye(z.shape[-1]).to(z)]
     return torch.linalg.eigvals(torch.stack(columns, -1).double())  # blocks (B, T, C, C)
-
-
-@torch.no_grad()
-def leading_eigenvalues(jacobian: Any, z: Tensor, step: float = 0.3, size: int = 40) -> list[Tensor]:
-    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample: Arnoldi on I + step J, of which the
-    rightmost modes of J lead while step * |lambda| < 1."""
-    found = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
-    values = [(ritz - 1) / step for ritz in found]
-    return [ritz[ritz.real.argsort(descending=True)] for ritz in values]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import data as corpora
+from . import spectra
 from .blocks import Block, Feedforward
 from .config import configuration, plain
 from .controllers import Penalty
@@ -29,7 +30,6 @@ from .estimators import BPTT, AsymEP, Backprop, DyadicEP, Estimator, ForwardMode
 from .kernels import available, knows
 from .models import Backend, Classifier, EquilibriumModel, LanguageModel
 from .solvers import Relaxation, Solver
-from .spectra import contraction_rate
 from .starts import LinearStart
 
 EXCURSION = 1e-1  # free residual (max over the batch) above which a step counts as an excursion
@@ -403,6 +403,7 @@ class Trainer:
             "nudged_iterations_max": report.nudged.steps.max().item() if report.nudged else 0,
             "rate_tail": report.free.rate.nan_to_num(0).max().item(),
             "rate_probe": report.measured.get("rate_probe", math.nan), "penalty": report.measured.get("penalty", math.nan),
+            "coefficient": report.measured.get("coefficient", math.nan),
             "displacement": report.measured.get("displacement", math.nan),
             "asymmetry": odd, "audit_cosine": cosine,
             "fallbacks": report.free.fallbacks + (report.nudged.fallbacks if report.nudged else 0),
@@ -431,8 +432,11 @@ class Trainer:
             inputs = _like(self.model, self.task.batch(0)[0][:4])
             solution = self.average.settle(inputs, self.config.solver)
             if solution.status.usable:
-                rates = contraction_rate(self.average, inputs, solution.value, self.config.solver.step)
-                row |= {"rate_arnoldi": rates.max().item()}
+                with torch.no_grad():
+                    jacobian = self.average.block.linearise(solution.value, self.average.clamp(inputs))
+                step = self.config.solver.step
+                row |= spectra.edges(spectra.eigenvalues(jacobian, solution.value, step), step)
+                row |= {"numerical_abscissa": spectra.numerical_abscissa(jacobian, solution.value).max().item()}
         self.progress.curve.append(row)
 
     def _save(self) -> None:
