@@ -272,7 +272,7 @@ class ResidualPenalty:
 @configuration
 class Homeostasis:
     """Jacobian homeostasis: penalty strength * mean_b ||(J - J^T) v_b||^2 on a random direction of norm 1, an estimate of
-    ||J - J^T||_F^2 over the number of units (Laborieux & Zenke 2024). It makes J symmetric, not contracting."""
+    ||J - J^T||_F^2 over the number of units (Laborieux & Zenke 2023). It makes J symmetric, not contracting."""
 
     kind: Literal["Homeostasis"] = "Homeostasis"
     strength: Strength = 1.0

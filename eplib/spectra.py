@@ -50,8 +50,8 @@ def _start(z: Tensor, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def eigenvalues(jacobian: Any, z: Tensor, step: float, size: int = 40) -> list[Tensor]:
-    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample: Arnoldi on I + step J, which finds the edges
-    of the spectrum first. All eigenvalues where size reaches the number of units."""
+    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample: Arnoldi on I + step J, which finds the
+    edges of the spectrum first. All eigenvalues where size reaches the number of units."""
     found = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
     values = [(ritz - 1) / step for ritz in found]
     return [ritz[ritz.real.argsort(descending=True)] for ritz in values]

@@ -23,6 +23,7 @@ FIGURES = {
     "mnist": ["F4", "F5"],
     "shakespeare": ["F8", "F8b"],
     "campaign": ["F10", "X1"],
+    "stability": ["F12", "F13", "F13b", "F14"],
     "cost": ["F15"],
     "machine": ["F16"],
 }
@@ -32,6 +33,7 @@ TABLES = {
     "mnist": ["T2"],
     "shakespeare": ["T4"],
     "campaign": ["T6", "X1"],
+    "stability": ["T7", "T7b", "T7c"],
     "cost": ["T8", "T8_times"],
 }
 
