@@ -298,7 +298,7 @@ def test_merging_replaces_a_block_of_another_kind_and_completes_one_of_the_same(
     ("estimator: {kind: Magic}", ["estimator", "DyadicEP", "Backprop", "Magic"]),
     ("estimator: {kind: Backprop}", ["Feedforward goes with Backprop"]),
     ("data: {kind: Text, corpus: novels}", ["data.corpus", "plays", "novels"]),
-    ("penalties: [{target: 1.5}]", ["penalties.0.target", "less than 1", "1.5"]),
+    ("penalties: [{kind: ContractionRate, target: 1.5}]", ["penalties.0.target", "less than 1", "1.5"]),
     ("arm: 'A b'", ["arm", "pattern", "A b"]),
 ])
 def test_a_wrong_value_is_named_with_its_profile_experiment_arm_and_key(change, parts, root):

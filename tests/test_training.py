@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import eplib.data
 import systems  # noqa: F401  (one thread)
 from eplib import blocks, estimators, training
-from eplib.controllers import ContractionRate
+from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, ResidualDriven
 from eplib.data import RawFile
 from eplib.records import Store, summarise
 from eplib.solvers import Relaxation
@@ -110,8 +110,9 @@ class Clock(SimpleNamespace):
 @pytest.mark.parametrize("changes", [{}, {"optimiser": Optimiser(lr=1e-2, ema=0.9, weight_decay=0.1)},
                                      IMAGES | {"optimiser": Optimiser(lr=1e-2, ema=0.9)}, BACKPROP,
                                      {"estimator": estimators.AsymEP(steps=4, nudging="random-sign")},
-                                     {"estimator": estimators.FeedbackAlignment()}],
-                         ids=["text", "text-ema", "images-ema", "backprop", "random-signs", "feedback-matrix"])
+                                     {"estimator": estimators.FeedbackAlignment()},
+                                     {"penalties": (JacobianNorm(driven=ResidualDriven()), Homeostasis())}],
+                         ids=["text", "text-ema", "images-ema", "backprop", "random-signs", "feedback-matrix", "penalties"])
 def test_a_run_out_of_time_goes_on_bit_identical(changes, corpus, tmp_path, monkeypatch):
     run = config(**changes)
     whole, pieces = (make_root(tmp_path / name, corpus) for name in ("whole", "pieces"))
@@ -427,6 +428,9 @@ def test_the_log_has_every_promised_column_and_the_three_rates_apart(root):
         assert ((rates > 0) & (rates < 2)).all()
     assert not np.allclose(run.log["rate_tail"], run.log["rate_probe"])
     assert not np.allclose(run.log["rate_probe"][1::2], run.curve["rate_arnoldi"])
+    assert (run.curve["abscissa"] <= run.curve["numerical_abscissa"] + 1e-5).all() and (run.curve["frequency"] >= 0).all()
+    assert (run.curve["rate_arnoldi"] >= np.abs(1 + run.config.solver.step * run.curve["abscissa"]) - 1e-5).all()
+    assert np.isnan(run.log["coefficient"]).all()  # no controller here has one
     timing = next((root / "results" / "x" / "machine").rglob("timing.csv")).read_text().splitlines()
     assert timing[0] == "step,seconds" and len(timing) == 7
     assert run.metrics["force_evaluations"] == run.log["force_evaluations"].sum()
