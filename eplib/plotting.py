@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, str, Line]] = {
     "bptt": ("BPTT", PALETTE[0], "-"),
     "ep": ("EP, two trajectories", PALETTE[3], "-"),
     "ep_linear": ("EP, linear response", PALETTE[1], (0, (6, 1))),
+    "ep_plane": ("EP, rate on a plane", PALETTE[6], (0, (4, 1, 1, 1))),
     "vector_field": ("vector field", PALETTE[2], "--"),
     "ep_uncontrolled": ("EP, no control", PALETTE[4], ":"),
     "implicit": ("implicit", PALETTE[9], "-."),

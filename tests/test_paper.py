@@ -21,7 +21,7 @@ FIGURES = {
     "gradients": ["F1", "F2", "F3"],
     "architectures": [],
     "mnist": ["F4", "F5"],
-    "shakespeare": ["F8", "F8b"],
+    "shakespeare": ["F8", "F8b", "F9"],
     "campaign": ["F10", "X1"],
     "stability": ["F12", "F13", "F13b", "F14"],
     "cost": ["F15"],
