@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .calculus import AutomaticSlope, ParallelSlope, Prefix, SequentialSlope, ShapeError, Sublayers, \
-    attention_weights, gelu, merge_heads, split_heads, standardise, standardise_slope
+    attention_weights, features, gelu, merge_heads, split_heads, standardise, standardise_slope
 from .config import configuration
 
 GELU_STEEPEST = 1.129  # largest slope of tanh-GELU, 1.12897 near h = 1.42
@@ -76,11 +76,10 @@ class Jacobian:
 class EquilibriumBlock(Dynamical):
     """F(z) = -(z - x) + Attn(LN z) + FFN(LN z) - c z: the transformer block of which the state is a fixed point."""
 
-    holomorphic = True
-
     def __init__(self, layers: Sublayers, damping: float):
         super().__init__()
         self.layers, self.damping = layers, damping
+        self.holomorphic = not layers.linear  # elu is no holomorphic function
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return x - (1 + self.damping) * z + self.layers.parallel(z)
@@ -234,7 +233,7 @@ class EnergyBlock(Dynamical):
         """E of each sample, (..., T, C) -> (...)."""
         n = standardise(z)[0]
         if self.linear:
-            f = functional.elu(split_heads(self.wq(n), self.heads)) + 1
+            f = features(split_heads(self.wq(n), self.heads))
             attention = -(f @ f.mT).square().sum((-3, -2, -1)) / (4 * f.shape[-1] * f.shape[-2])
         else:
             keys = self.wk(standardise(x)[0] if self.causal else n)
@@ -251,9 +250,8 @@ class EnergyBlock(Dynamical):
         n, inverse = standardise(z)
         h = split_heads(self.wq(n), self.heads)  # (..., H, T, D)
         if self.linear:
-            f = functional.elu(h) + 1
-            slope = functional.elu(h).clamp(max=0) + 1
-            pull = merge_heads(slope * (f @ (f.mT @ f)) / (f.shape[-1] * f.shape[-2])) @ self.wq.weight
+            f = features(h)
+            pull = merge_heads(f.clamp(max=1) * (f @ (f.mT @ f)) / (f.shape[-1] * f.shape[-2])) @ self.wq.weight
         else:
             k = split_heads(self.wk(standardise(x)[0] if self.causal else n), self.heads)
             weights = attention_weights(h, k, self.causal)
@@ -261,22 +259,6 @@ class EnergyBlock(Dynamical):
             if not self.causal:  # the keys feel the queries as well
                 pull = pull + merge_heads(weights.mT @ h) @ self.wk.weight
         return x - (1 + self.damping) * z + standardise_slope(pull + self.memory(n), n, inverse)
-
-
-class LinearAttentionBlock(Dynamical):
-    """F with the attention f(q) (f(k)^T v) / (f(q) sum f(k)), f = elu + 1 (Katharopoulos 2020), not causal: the MNIST reference
-    (001)."""
-
-    def __init__(self, layers: Sublayers, damping: float):
-        super().__init__()
-        self.layers, self.damping = layers, damping
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        layers = self.layers
-        q, k, v = (split_heads(part, layers.heads) for part in layers.qkv(layers.ln1(z)).chunk(3, -1))
-        q, k = functional.elu(q) + 1, functional.elu(k) + 1
-        mixed = q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))  # (..., H, T, D)
-        return x - (1 + self.damping) * z + layers.wo(merge_heads(mixed)) + layers.network(z)
 
 
 class MonotoneBlock(Dynamical):
@@ -433,11 +415,11 @@ class LinearAttention:
     expansion: Positive = 4
     init: Scale = 0.03
 
-    def build(self, width: int, heads: int, context: int) -> LinearAttentionBlock | EnergyBlock:
+    def build(self, width: int, heads: int, context: int) -> EquilibriumBlock | EnergyBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
         if self.symmetric:
             return EnergyBlock(width, _dividing(width, heads), self.expansion, False, True, self.init, self.damping)
-        return LinearAttentionBlock(Sublayers(width, heads, self.expansion, False, False, self.init), self.damping)
+        return EquilibriumBlock(Sublayers(width, heads, self.expansion, False, False, self.init, linear=True), self.damping)
 
 
 @configuration

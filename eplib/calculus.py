@@ -97,6 +97,11 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return raised / raised.sum(-1, keepdim=True)
 
 
+def features(h: Tensor) -> Tensor:
+    """Positive features elu(h) + 1 of linear attention; their slope is min(features, 1)."""
+    return functional.elu(h) + 1
+
+
 def outer(u: Tensor, a: Tensor) -> Tensor:
     """Sum over all positions of u a^T: (..., n), (..., m) -> (n, m)."""
     return u.flatten(0, -2).mT @ a.flatten(0, -2)
@@ -110,15 +115,16 @@ def positions(u: Tensor) -> Tensor:
 class Sublayers(nn.Module):
     """Weights of one pre-LN transformer block: LayerNorm, causal or full multi-head attention, tanh-GELU network.
 
-    Shared by the equilibrium blocks and by the ordinary transformer, so that the two have the same parameters.
+    linear: the attention is f(q) (f(k)^T v) / (f(q) sum f(k)) over all tokens, f = elu + 1 (Katharopoulos 2020). Shared by the equilibrium blocks and by the ordinary transformer, so that the two have the same parameters.
     The output weights of both branches start at `init` times the usual 1/sqrt(fan-in), well inside the contractive region.
     """
 
-    def __init__(self, width: int, heads: int, expansion: int, causal: bool, qk_norm: bool, init: float):
+    def __init__(self, width: int, heads: int, expansion: int, causal: bool, qk_norm: bool, init: float,
+                 linear: bool = False):
         super().__init__()
         if width % heads:
             raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-        self.width, self.heads, self.causal, self.qk_norm = width, heads, causal, qk_norm
+        self.width, self.heads, self.causal, self.qk_norm, self.linear = width, heads, causal, qk_norm, linear
         self.ln1, self.ln2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
@@ -132,7 +138,10 @@ class Sublayers(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in linear(self.qkv, normalise(self.ln1, z)).chunk(3, -1))
         if self.qk_norm:
             q, k = unit_rms(q)[0], unit_rms(k)[0]
-        if z.is_complex():
+        if self.linear:
+            q, k = features(q), features(k)
+            mixed = q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
+        elif z.is_complex():
             mixed = attention_weights(q, k, self.causal) @ v
         else:
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -236,6 +245,50 @@ class AttentionSlope:
                 "wo.weight": outer(u, merge_heads(self.mixed))}
 
 
+class LinearAttentionSlope(AttentionSlope):
+    """The same for linear attention, o = q M / (q s) with the memory M = k^T v and s = sum k of features q, k."""
+
+    def __init__(self, layers: Sublayers, n: Tensor):
+        self.layers, self.n = layers, n
+        self.a = n * layers.ln1.weight + layers.ln1.bias
+        q, k, self.v = (split_heads(part, layers.heads) for part in layers.qkv(self.a).chunk(3, -1))
+        self.q, self.k = features(q), features(k)
+        self.q_slope, self.k_slope = self.q.clamp(max=1), self.k.clamp(max=1)
+        self.memory, self.total = self.k.mT @ self.v, self.k.sum(-2, keepdim=True)  # (..., H, D, D), (..., H, 1, D)
+        self.inverse = 1 / (self.q * self.total).sum(-1, keepdim=True)
+        self.mixed = self.q @ self.memory * self.inverse
+
+    @property
+    def weights(self) -> Tensor:
+        """The attention weights that it amounts to, (..., H, T, T)."""
+        return self.q @ self.k.mT * self.inverse
+
+    def _moved(self, dn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (split_heads(part, self.layers.heads) for part in self.layers.qkv(dn * self.layers.ln1.weight).chunk(3, -1))
+        return dq * self.q_slope, dk * self.k_slope, dv
+
+    def product(self, dn: Tensor) -> Tensor:
+        dq, dk, dv = self._moved(dn)
+        up = dq @ self.memory + self.q @ (dk.mT @ self.v + self.k.mT @ dv)
+        down = (dq * self.total + self.q * dk.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+        return self.layers.wo(merge_heads((up - down * self.mixed) * self.inverse))
+
+    def token_product(self, dn: Tensor) -> Tensor:
+        dq, dk, dv = self._moved(dn)
+        met, own = ((self.q * part).sum(-1, keepdim=True) for part in (dk, self.k))
+        up = dq @ self.memory + met * self.v + own * dv
+        down = (dq * self.total).sum(-1, keepdim=True) + met
+        return self.layers.wo(merge_heads((up - down * self.mixed) * self.inverse))
+
+    def _back(self, u: Tensor) -> Tensor:
+        up = split_heads(u @ self.layers.wo.weight, self.layers.heads) * self.inverse
+        down = -(up * self.mixed).sum(-1, keepdim=True)
+        memory, total = self.q.mT @ up, (self.q * down).sum(-2, keepdim=True)  # back to M and s
+        dq = (up @ self.memory.mT + down * self.total) * self.q_slope
+        dk = (self.v @ memory.mT + total) * self.k_slope
+        return torch.cat([merge_heads(part) for part in (dq, dk, self.k @ memory)], -1)
+
+
 class NetworkSlope:
     """Derivative of n -> FFN(n * gain + bias) at a standardised state n (..., T, C)."""
 
@@ -263,7 +316,8 @@ class ParallelSlope:
 
     def __init__(self, layers: Sublayers, z: Tensor):
         self.n, self.inverse = standardise(z)
-        self.branches = AttentionSlope(layers, self.n), NetworkSlope(layers, self.n)
+        attention = LinearAttentionSlope if layers.linear else AttentionSlope
+        self.branches = attention(layers, self.n), NetworkSlope(layers, self.n)
 
     def product(self, v: Tensor) -> Tensor:
         dn = standardise_slope(v, self.n, self.inverse)

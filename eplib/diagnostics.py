@@ -4,7 +4,8 @@ import itertools
 import math
 import statistics
 import weakref
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -16,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from . import spectra
 from .blocks import Dynamical, Jacobian
 from .calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
-from .estimators import BPTT, Adjoint, AsymEP, DyadicEP, Estimator, Problem, VectorField, asymmetry, gradient
+from .estimators import BPTT, DyadicEP, Estimator, VectorField, asymmetry, gradient
 from .models import EquilibriumModel
-from .solvers import Anderson, Solver
+from .solvers import Anderson, Relaxation, Solver
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
+READOUT = ("norm", "readout")  # the parts of a model that the adjoint state does not enter
 
 
 def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +64,7 @@ def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
 
 def without_readout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of {parameter name: tensor} that the adjoint state enters: all but the final normalisation and the readout."""
-    return {name: value for name, value in tensors.items() if name.split(".")[0] not in ("norm", "readout")}
+    return {name: value for name, value in tensors.items() if name.split(".")[0] not in READOUT}
 
 
 def log_slope(x: list[float], y: list[float]) -> float:
@@ -207,6 +209,58 @@ def singular_radii(model: EquilibriumModel, z: Tensor, v: Tensor) -> dict[str, f
     return radii | {"softmax": math.pi / spread.max().item()}
 
 
+def ranks(values: Tensor) -> Tensor:
+    """Rank of each value (n,), from 0; equal values share their mean rank."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count + 1) / 2).double()[place]
+
+
+@torch.no_grad()
+def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Tensor]], step: float,
+                     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5), noise: float = 0.0,
+                     max_steps: int = 300) -> dict[str, dict]:
+    """How many plain relaxation steps each image takes to each residual, against its margin and whether it is classified right.
+
+    batches: (inputs, class ids), to whose inputs Gaussian noise of the standard deviation `noise` is added. The margin is the
+    largest logit over the second at the tightest residual. For each tolerance, in decreasing order: the share that did not
+    settle within `max_steps`; of the others mean, standard deviation, least and most steps; the mean over those classified
+    right and wrong; Spearman's correlation of steps with margin; the mean in each tenth of the images by margin, smallest
+    first. And `accuracy` in percent.
+    """
+    generator = torch.Generator().manual_seed(0)
+    taken, settled, margins, right = [], [], [], []
+    for inputs, targets in batches:
+        if noise:
+            inputs = inputs + noise * torch.randn(inputs.shape, generator=generator).to(inputs)
+        state, total, steps, reached = None, 0, [], []
+        for tol in tolerances:  # one relaxation, read where it passes each residual
+            phase = model.settle(inputs, Relaxation(step=step, max_steps=max_steps, tol=tol), state)
+            state, total = phase.value, total + phase.steps
+            steps.append(total)
+            reached.append(phase.residual <= tol)
+        best = model.logits(model.block.output(state)).topk(2)
+        taken.append(torch.stack(steps, -1))
+        settled.append(torch.stack(reached, -1))
+        margins.append(best.values[:, 0] - best.values[:, 1])
+        right.append(best.indices[:, 0] == targets)
+    taken, settled, margins, right = (torch.cat(part).cpu() for part in (taken, settled, margins, right))
+    tenth = (ranks(margins) * 10 / len(margins)).long()
+    found: dict[str, Any] = {"accuracy": 100 * right.double().mean().item()}
+    for index, tol in enumerate(tolerances):
+        kept = settled[:, index]
+        n = taken[kept, index].double()
+        if len(n) < 2:
+            found[f"{tol:g}"] = {"unsettled": 1 - len(n) / len(kept)}
+            continue
+        both = torch.stack([ranks(n), ranks(margins[kept])])
+        found[f"{tol:g}"] = {
+            "unsettled": 1 - len(n) / len(kept), "mean": n.mean().item(), "deviation": n.std().item(),
+            "least": n.min().item(), "most": n.max().item(), "right": n[right[kept]].mean().item(),
+            "wrong": n[~right[kept]].mean().item(), "rank_correlation": torch.corrcoef(both)[0, 1].item(),
+            "by_margin": [n[tenth[kept] == part].mean().item() for part in range(10)]}
+    return found
+
+
 def attention_distance(jacobian: Any) -> Tensor:
     """Effective attention distance: sum_s w_ts |t - s| of attention weights w, mean over tokens and heads, (B,), in tokens."""
     weights = jacobian.inner.branches[0].weights  # (B, H, T, T)
@@ -251,46 +305,6 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
     if isinstance(jacobian, Jacobian):
         found["attention_distance"] = attention_distance(jacobian).mean().item()
     return found
-
-
-@dataclass(frozen=True)
-class ShuffledNudge:
-    """Negative control: `estimator` with a nudged phase that is taught targets from half a batch away."""
-
-    estimator: Any
-
-    @property
-    def steps(self) -> int:
-        return self.estimator.steps
-
-    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        targets = problem.targets
-        wrong = targets.flatten().roll(targets.numel() // 2).view_as(targets)
-        return self.estimator.adjoint(replace(problem, targets=wrong), solver)
-
-
-class _Swapped:
-    """A linearisation with J and J^T exchanged; the read-out's contraction stays."""
-
-    def __init__(self, jacobian: Any):
-        self.product, self.transposed, self.contract = jacobian.transposed, jacobian.product, jacobian.contract
-
-
-class _SwappedProblem(Problem):
-    def linearise(self, z: Tensor) -> _Swapped:
-        return _Swapped(super().linearise(z))
-
-
-@dataclass(frozen=True)
-class FlippedCorrection:
-    """Negative control: AsymEP whose correction has the wrong sign, +(J - J^T)(z - z*)."""
-
-    beta: float = 0.2
-    steps: int = 20
-
-    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        swapped = _SwappedProblem(**{part.name: getattr(problem, part.name) for part in fields(problem)})
-        return AsymEP(beta=self.beta, steps=self.steps).adjoint(swapped, solver)
 
 
 class LiveBytes(TorchDispatchMode):

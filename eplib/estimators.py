@@ -15,7 +15,7 @@ and the forward mode, which are there to be compared with.
 import math
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -394,8 +394,47 @@ class FeedbackAlignment:
         return Adjoint((error @ problem.carried["feedback"]).expand_as(z), None, None, 0)
 
 
-Estimator = Annotated[VectorField | AsymEP | HolomorphicEP | Tracking | DyadicEP | Implicit | OneStep | FeedbackAlignment | BPTT
-                      | ForwardMode | Backprop, Field(discriminator="kind")]
+@configuration
+class ShuffledNudge:
+    """Negative control: the linear response to targets from half a batch away, a = -J^-T g'; the readout learns the right
+    ones."""
+
+    kind: Literal["ShuffledNudge"] = "ShuffledNudge"
+    steps: Steps = 20
+
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        targets = problem.targets
+        wrong = targets.flatten().roll(targets.numel() // 2).view_as(targets)
+        return DyadicEP(steps=self.steps).adjoint(replace(problem, targets=wrong), solver)
+
+
+class _Swapped:
+    """A linearisation with J and J^T exchanged."""
+
+    def __init__(self, jacobian: Any):
+        self.product, self.transposed = jacobian.transposed, jacobian.product
+
+
+class _SwappedProblem(Problem):
+    def linearise(self, z: Tensor) -> _Swapped:
+        return _Swapped(super().linearise(z))
+
+
+@configuration
+class FlippedCorrection:
+    """Negative control: `AsymEP` whose correction has the wrong sign, +(J - J^T)(z - z*)."""
+
+    kind: Literal["FlippedCorrection"] = "FlippedCorrection"
+    beta: Beta = 0.2
+    steps: Steps = 20
+
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        swapped = _SwappedProblem(**{part.name: getattr(problem, part.name) for part in fields(problem)})
+        return AsymEP(beta=self.beta, steps=self.steps).adjoint(swapped, solver)
+
+
+Estimator = Annotated[VectorField | AsymEP | HolomorphicEP | Tracking | DyadicEP | Implicit | OneStep | FeedbackAlignment
+                      | ShuffledNudge | FlippedCorrection | BPTT | ForwardMode | Backprop, Field(discriminator="kind")]
 
 
 def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
@@ -406,9 +445,12 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
     `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, or how it is predicted,
     by default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`, which computes the phases and
-    products; what needs a graph is PyTorch's in either. `.grad` is never touched. Raises TypeError if the estimator and the
-    block do not fit; a diverged phase is no exception but gives `grads=None`.
+    products; what needs a graph is PyTorch's in either. Parameters that do not require a gradient get none. `.grad` is never
+    touched. Raises TypeError if the estimator and the block do not fit, ValueError if every parameter is frozen; a diverged
+    phase is no exception but gives `grads=None`.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("every parameter of the model is frozen; set requires_grad on those that are to be trained")
     state = dict(state or {})
     measured: dict[str, float] = {}
     nudged_phase = problem = found = None
@@ -468,10 +510,11 @@ def _read_out(problem: Problem, adjoint: Tensor) -> dict[str, Tensor]:
     model, batch = problem.model, problem.state.shape[0]
     with torch.no_grad():
         block, into = problem.jacobian.contract(adjoint)
+    grads = dict(problem.readout[2])  # of every parameter that is trained
     with torch.enable_grad():
-        grads = named_gradient(model, (into * model.clamp(problem.inputs)).sum() / batch)
-    for name, value in problem.readout[2].items():
-        grads[name] = grads[name] + value
-    for name, value in block.items():
-        grads[f"block.{name}"] = grads[f"block.{name}"] + value / batch
+        x = model.clamp(problem.inputs)
+        clamped = named_gradient(model, (into * x).sum()) if x.requires_grad else {}
+    for name, value in [*clamped.items(), *((f"block.{name}", value) for name, value in block.items())]:
+        if name in grads:
+            grads[name] = grads[name] + value / batch
     return grads

@@ -29,15 +29,17 @@ import yaml
 from safetensors.torch import load_file
 
 from .config import ConfigurationError, digest, parse, plain
+from .diagnostics import adaptive_compute
 from .models import Backend, EquilibriumModel
 from .solvers import Substitution
 from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, build_task, evaluate, fastest_backend, \
     show_on_terminal, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ("blocks", "calculus", "config", "controllers", "data", "estimators", "horizons", "kernels/__init__", "models",
-          "solvers", "spectra", "starts", "training")
+SOURCE = ("blocks", "calculus", "config", "controllers", "data", "diagnostics", "estimators", "horizons",
+          "kernels/__init__", "models", "solvers", "spectra", "starts", "training")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
+NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
 CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
 
 
@@ -269,6 +271,9 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
                "parameters": sum(p.numel() for p in model.parameters())}
     if not model.block.explicit:
         metrics["converged"] = evaluate(model, trainer.task, CONVERGED, backend=trainer.backend)
+    if config.adaptive:
+        metrics["adaptive"] = {name: adaptive_compute(model, trainer.task.validation(), config.solver.step, noise=noise)
+                               for name, noise in (("clean", 0.0), ("noisy", NOISE))}
     return metrics
 
 

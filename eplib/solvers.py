@@ -180,7 +180,7 @@ class Anderson(_Solver):
     def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "_Differences") -> Tensor:
         lanes = (-1,) + (1,) * (state.dim() - 1)
         stalled = history.record(_flat(state), _flat(push), residual)
-        moved = state + self.step * push
+        moved = state + history.step(self.step).view(lanes) * push
         if history.length:
             moved = moved - _like(history.correction(_flat(push), self.step), state)
         return torch.where(stalled.view(lanes), best, moved) if stalled.any() else moved
@@ -289,16 +289,20 @@ class _Differences:
         """Takes in one iterate (B, n); returns which samples (B,) stall here and must go back to their best state."""
         if self.last is None:
             self.states, self.pushes = (a.new_zeros(a.shape[0], self.memory, a.shape[1]) for a in (state, push))
-            self.plain, self.lowest = torch.zeros_like(residual, dtype=torch.bool), residual
+            self.halvings, self.lowest = torch.zeros_like(residual, dtype=torch.int), residual
         else:
             self.states[:, self.slot], self.pushes[:, self.slot] = state - self.last[0], push - self.last[1]
             self.slot, self.length = (self.slot + 1) % self.memory, min(self.length + 1, self.memory)
         self.last = state, push
-        stalled = ~self.plain & (residual > STALL * self.lowest)
+        stalled = residual > STALL * self.lowest
         self.lowest = torch.minimum(self.lowest, residual)
-        self.plain = self.plain | stalled
-        self.fallbacks += int(stalled.sum())
+        self.fallbacks += int((stalled & (self.halvings == 0)).sum())
+        self.halvings = self.halvings + stalled
         return stalled
+
+    def step(self, step: float) -> Tensor:
+        """The step of each sample, (B,): halved each time that it stalled."""
+        return torch.ldexp(torch.full_like(self.lowest, step), -self.halvings)
 
     def correction(self, push: Tensor, step: float) -> Tensor:
         """What the plain step is to be corrected by, (B, n): sum_i gamma_i (dz_i + step df_i), gamma minimising |f - sum
@@ -309,5 +313,5 @@ class _Differences:
         gram, right = (unit @ unit.mT).double(), (unit @ push.unsqueeze(-1)).double()  # (B, m, m), (B, m, 1)
         damping = torch.finfo(push.dtype).eps ** DAMPING * torch.eye(self.length, dtype=gram.dtype, device=gram.device)
         gamma = torch.linalg.solve_ex(gram + damping, right)[0].to(push.dtype) / size
-        gamma = torch.where(self.plain[:, None, None] | ~gamma.isfinite(), 0, gamma)
+        gamma = torch.where((self.halvings > 0)[:, None, None] | ~gamma.isfinite(), 0, gamma)
         return (gamma * (dz + step * df)).sum(1)

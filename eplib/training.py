@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,8 @@ from . import spectra
 from .blocks import Block, Feedforward
 from .config import configuration, plain
 from .controllers import Penalty
-from .estimators import BPTT, AsymEP, Backprop, DyadicEP, Estimator, ForwardMode, HolomorphicEP, asymmetry, gradient
+from .diagnostics import READOUT, agreement, without_readout
+from .estimators import BPTT, AsymEP, Backprop, Beta, DyadicEP, Estimator, ForwardMode, HolomorphicEP, asymmetry, gradient
 from .kernels import available, knows
 from .models import Backend, Classifier, EquilibriumModel, LanguageModel
 from .solvers import Relaxation, Solver
@@ -98,7 +99,10 @@ class RunConfig:
     which the step is a recovery step: the penalties' gradient alone is applied. evaluate_every: steps between evaluations
     during training, on `evaluation_batches` validation batches; the whole split is evaluated at the end. keep: steps after
     which the weights are kept, besides the last. start: how the free phase's start is predicted. audit_every: steps between
-    audits of the linear response, in which the same gradient is computed by two trajectories and the cosine of the two logged.
+    audits, in which the step's gradient is compared, over block and embeddings and in each parameter group, with that of the
+    linear response (which itself is compared with two trajectories). anneal: the nudge's beta at the last step, to which it
+    moves linearly from the estimator's. frozen: only the readout is trained (negative control). adaptive: the iterations that
+    each test image takes are measured at the end (`diagnostics.adaptive_compute`).
     """
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -119,6 +123,9 @@ class RunConfig:
     evaluation_batches: Positive = 16
     keep: tuple[Positive, ...] = ()
     audit_every: Positive | None = None
+    anneal: Beta | None = None
+    frozen: bool = False
+    adaptive: bool = False
 
     @property
     def name(self) -> str:
@@ -133,10 +140,24 @@ class RunConfig:
             raise ValueError("block.causal must be true for Text and false for Mnist")
         if any(step > self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
-        if self.audit_every and not isinstance(self.estimator, DyadicEP):
-            raise ValueError("audit_every compares DyadicEP with its two-trajectory form; the estimator is "
-                             f"{self.estimator.kind}")
+        if self.audit_every and isinstance(self.estimator, BPTT | Backprop | ForwardMode):
+            raise ValueError("audit_every compares gradients at one free equilibrium, which the estimator "
+                             f"{self.estimator.kind} does not have")
+        if self.anneal and not hasattr(self.estimator, "beta"):
+            raise ValueError(f"anneal moves the nudge's beta, which the estimator {self.estimator.kind} does not have")
+        if self.frozen and (self.penalties or self.audit_every):
+            raise ValueError("frozen leaves penalties nothing to change and audits nothing to compare; give penalties: [] and "
+                             "audit_every: null")
+        if self.adaptive and (isinstance(self.data, Text) or isinstance(self.estimator, Backprop)):
+            raise ValueError("adaptive counts the iterations of MNIST's test images; it needs Mnist and an equilibrium block")
         return self
+
+    def estimator_at(self, step: int) -> Estimator:
+        """The estimator of update `step` (from 0), with its annealed beta."""
+        if self.anneal is None:
+            return self.estimator
+        first = self.estimator.beta
+        return replace(self.estimator, beta=first + (self.anneal - first) * step / max(1, self.steps - 1))
 
 
 class ImageTask:
@@ -310,6 +331,9 @@ class Trainer:
         self.config, self.folder, self.backend = config, Path(folder), backend
         self.task = build_task(config, root)
         self.model = build_model(config, self.task).to(device)
+        if config.frozen:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name.split(".")[0] in READOUT)
         self.average = deepcopy(self.model).requires_grad_(False) if config.optimiser.ema else self.model
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=config.optimiser.lr, betas=(0.9, 0.95),
                                            weight_decay=config.optimiser.weight_decay)
@@ -359,8 +383,9 @@ class Trainer:
 
     def _step(self) -> None:
         config, step = self.config, self.progress.step
+        estimator = config.estimator_at(step)
         inputs, targets = (_like(self.model, part) for part in self.task.batch(step))
-        report = gradient(self.model, inputs, targets, estimator=config.estimator, solver=config.solver, nudged=config.nudged,
+        report = gradient(self.model, inputs, targets, estimator=estimator, solver=config.solver, nudged=config.nudged,
                           penalties=config.penalties, state=self.state, start=config.start, backend=self.backend)
         self.state = report.state
         odd = math.nan
@@ -369,7 +394,7 @@ class Trainer:
                 jacobian = self.model.block.linearise(report.free.value, self.model.clamp(inputs))
             odd = asymmetry(jacobian, report.adjoint)
         audited = config.audit_every is not None and (step + 1) % config.audit_every == 0
-        cosine, extra = self._audit(inputs, targets, report.grads) if audited else (math.nan, 0)
+        audit, extra = self._audit(inputs, targets, report.grads) if audited else ({"audit_cosine": math.nan}, 0)
         worst = report.free.residual.max().item()
         gated = config.gate is not None and not worst <= config.gate
         grads = None if gated else report.grads
@@ -405,25 +430,26 @@ class Trainer:
             "rate_probe": report.measured.get("rate_probe", math.nan), "penalty": report.measured.get("penalty", math.nan),
             "coefficient": report.measured.get("coefficient", math.nan),
             "displacement": report.measured.get("displacement", math.nan),
-            "asymmetry": odd, "audit_cosine": cosine,
+            "beta": getattr(estimator, "beta", math.nan), "asymmetry": odd,
             "fallbacks": report.free.fallbacks + (report.nudged.fallbacks if report.nudged else 0),
             "gradient_norm": norm, "lr": rate,
             "gated": int(gated), "skipped": int(not (math.isfinite(norm) and known)), "status": report.status.value,
-            "force_evaluations": report.measured["force_evaluations"] + extra})
+            "force_evaluations": report.measured["force_evaluations"] + extra} | audit)
 
-    def _audit(self, inputs: Tensor, targets: Tensor, grads: dict[str, Tensor] | None) -> tuple[float, int]:
-        """Cosine between the step's gradient and that of two trajectories, over block and embeddings, and its force
-        evaluations."""
+    def _audit(self, inputs: Tensor, targets: Tensor, grads: dict[str, Tensor] | None) -> tuple[dict[str, float], int]:
+        """Cosine and norm ratio of the step's gradient against the linear response's (of the linear response against two
+        trajectories), over block and embeddings and in each parameter group, and the audit's force evaluations."""
         config = self.config
-        kind = AsymEP(beta=config.estimator.beta, steps=config.estimator.steps)
+        linear = isinstance(config.estimator, DyadicEP)
+        kind = AsymEP(beta=config.estimator.beta, steps=config.estimator.steps) if linear else DyadicEP()
         other = gradient(self.model, inputs, targets, estimator=kind, solver=config.solver, nudged=config.nudged,
                          backend=self.backend)
-        cosine = math.nan
+        found = {"audit_cosine": math.nan}
         if grads is not None and other.grads is not None:
-            ours, theirs = (torch.cat([value.flatten() for name, value in part.items()
-                                       if name.split(".")[0] not in ("norm", "readout")]) for part in (grads, other.grads))
-            cosine = torch.cosine_similarity(ours.double(), theirs.double(), dim=0).item()
-        return cosine, other.measured["force_evaluations"]
+            total = agreement(without_readout(grads), without_readout(other.grads))["total"]
+            found = {"audit_cosine": total.cosine, "audit_ratio": total.ratio}
+            found |= {f"audit_{group}": one.cosine for group, one in agreement(grads, other.grads).items() if group != "total"}
+        return found, other.measured["force_evaluations"]
 
     def _evaluate(self, step: int) -> None:
         row = {"step": step} | evaluate(self.average, self.task, self.config.solver, self.config.evaluation_batches,

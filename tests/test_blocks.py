@@ -45,6 +45,10 @@ def test_products_and_contraction_are_those_of_automatic_differentiation(config)
     dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(z.numel(), z.numel())
     assert torch.allclose(forward.flatten(), dense @ v.flatten(), rtol=1e-10, atol=1e-10)
     assert torch.allclose(backward.flatten(), dense.T @ u.flatten(), rtol=1e-10, atol=1e-10)
+    if isinstance(jacobian, blocks.Jacobian):  # the diagonal blocks over tokens
+        samples, tokens, width = z.shape
+        own = torch.einsum("btcbtd->btcd", dense.view(samples, tokens, width, samples, tokens, width))
+        assert torch.allclose(jacobian.token_product(v), torch.einsum("btcd,btd->btc", own, v), rtol=1e-10, atol=1e-10)
     x.requires_grad_()
     weights = {key: value for key, value in block.named_parameters() if "backbone" not in key}  # that leads to x, not to F
     expected = torch.autograd.grad((u * block(z, x)).sum(), [*weights.values(), x], materialize_grads=True, allow_unused=True)
@@ -54,7 +58,8 @@ def test_products_and_contraction_are_those_of_automatic_differentiation(config)
     assert torch.allclose(into, expected[-1], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("config", [blocks.Thick(qk_norm=True), blocks.Energy(), blocks.Monotone()], ids=name)
+@pytest.mark.parametrize("config", [blocks.Thick(qk_norm=True), blocks.LinearAttention(), blocks.Energy(), blocks.Monotone()],
+                         ids=name)
 def test_forces_pass_gradcheck(config):
     block, x, z = system(config, samples=1, tokens=3, width=4)
     assert torch.autograd.gradcheck(lambda state, drive: block(state, drive), (z.requires_grad_(), x.requires_grad_()))

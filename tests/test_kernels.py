@@ -165,6 +165,8 @@ def test_it_refuses_what_it_does_not_compute():
         kernels.CompiledBlock(block)(x.double(), x)
     with pytest.raises(kernels.KernelError, match="qk_norm"):
         kernels.CompiledBlock(blocks.Thick(qk_norm=True).build(32, 4, 8))
+    with pytest.raises(kernels.KernelError, match="linear attention"):
+        kernels.CompiledBlock(blocks.LinearAttention().build(32, 4, 8))
     with pytest.raises(kernels.KernelError, match="LayeredBlock"):
         kernels.CompiledBlock(blocks.Layered().build(32, 4, 8))
     with pytest.raises(kernels.KernelError, match="multiple of 16"):

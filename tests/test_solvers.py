@@ -126,6 +126,21 @@ def test_a_stalled_acceleration_falls_back_to_relaxation_and_is_counted():
     assert wild.status is Status.CONVERGED and wild.value.abs().max() < 1e-8
 
 
+def test_a_stalled_acceleration_halves_its_step_until_relaxation_contracts():
+    """Eigenvalues down to -30: at step 0.8 plain relaxation multiplies by 23; it contracts from step 0.05 on."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))[0]
+    matrix = vectors @ torch.diag(-torch.linspace(1, 30, 40, dtype=torch.float64)) @ vectors.mT
+    drive = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    solver = Anderson(step=0.8, max_steps=400, tol=1e-6, memory=1)
+    found = solver.solve(lambda z: z @ matrix.mT + drive, drive, lambda push, _: norm(push))
+    assert found.fallbacks == 3 and found.status is Status.CONVERGED  # each sample once
+    exact = -torch.linalg.solve(matrix, drive.mT).mT
+    assert torch.allclose(found.value, exact, atol=1e-6)
+    plain = Relaxation(step=0.8, max_steps=400, tol=1e-6).solve(lambda z: z @ matrix.mT + drive, drive)
+    assert plain.status is Status.DIVERGED  # else halving shows nothing
+
+
 def test_a_fixed_horizon_takes_its_steps_whatever_the_residual():
     model, inputs, _ = transformer()
     x = model.clamp(inputs).detach()

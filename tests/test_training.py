@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import eplib.data
 import systems  # noqa: F401  (one thread)
-from eplib import blocks, estimators, training
+from eplib import blocks, diagnostics, estimators, training
 from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, ResidualDriven
 from eplib.data import RawFile
 from eplib.records import Store, summarise
@@ -317,7 +317,10 @@ def test_both_blocks_start_from_equal_weights(kind, corpus):
     ({"model": BACKPROP["model"]}, "Feedforward goes with Backprop"),
     ({"data": Mnist()}, "block.causal must be true for Text"),
     ({"keep": (2, 7)}, r"keep \(2, 7\) names a step after the last, 6"),
-    ({"estimator": estimators.AsymEP(), "audit_every": 2}, "audit_every compares DyadicEP .* the estimator is AsymEP"),
+    ({"estimator": estimators.BPTT(), "audit_every": 2}, "one free equilibrium, which the estimator BPTT does not have"),
+    ({"estimator": estimators.OneStep(), "anneal": 0.1}, "the nudge's beta, which the estimator OneStep does not have"),
+    ({"frozen": True}, "give penalties: ..; audits|frozen leaves penalties nothing to change"),
+    ({"adaptive": True}, "adaptive counts the iterations of MNIST's test images"),
 ])
 def test_parts_of_a_configuration_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -450,6 +453,50 @@ def test_an_audit_compares_the_linear_response_with_two_trajectories(root, tmp_p
     assert [row["loss"] for row in rows] == [row["loss"] for row in others]
     assert others[2]["force_evaluations"] > rows[2]["force_evaluations"] and others[1] | {"audit_cosine": 0} == \
         rows[1] | {"audit_cosine": 0}
+
+
+def test_an_audit_of_another_estimator_compares_it_with_the_linear_response(root, tmp_path):
+    """Uncorrected EP agrees in the readout, whose gradient ignores the adjoint state, and in no group of the block."""
+    tight = {"solver": Relaxation(step=0.8, max_steps=60, tol=1e-6), "nudged": Relaxation(step=0.8, max_steps=60, tol=1e-5),
+             "model": Architecture(width=8, heads=2, context=8, block=blocks.Thick(init=0.5))}
+    rows = {kind.kind: Trainer(config(**tight, penalties=(), estimator=kind, audit_every=6), tmp_path / kind.kind,
+                               root / "data").advance().rows[-1]
+            for kind in (estimators.AsymEP(beta=0.01), estimators.VectorField(beta=0.01))}
+    groups = [f"audit_{group}" for group in diagnostics.GROUPS if group != "readout"]
+    assert all(rows["AsymEP"][group] > 0.9999 for group in ["audit_cosine", *groups])
+    assert abs(rows["AsymEP"]["audit_ratio"] - 1) < 1e-3
+    assert all(rows["VectorField"][group] < 0.99 for group in ["audit_cosine", *groups])
+    assert all(row["audit_readout"] > 0.9999 for row in rows.values())
+
+
+def test_an_annealed_nudge_moves_linearly_to_its_end(root, tmp_path):
+    kinds = {"estimator": estimators.AsymEP(beta=0.3), "anneal": 0.2}
+    annealed, fixed = (Trainer(config(**kinds | changes), tmp_path / name, root / "data").advance().rows
+                       for name, changes in (("a", {}), ("b", {"anneal": None})))
+    assert [round(row["beta"], 6) for row in annealed] == [0.3, 0.28, 0.26, 0.24, 0.22, 0.2]
+    assert [row["beta"] for row in fixed] == [0.3] * 6
+    assert annealed[0]["displacement"] == fixed[0]["displacement"] and annealed[-1]["displacement"] < fixed[-1]["displacement"]
+
+
+def test_a_frozen_run_trains_the_readout_alone(root, tmp_path):
+    trainer = Trainer(config(frozen=True, penalties=()), tmp_path, root / "data")
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.advance()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {"norm.weight", "norm.bias", "readout.weight"}
+    assert Trainer(config(frozen=True, penalties=()), tmp_path, root / "data").progress.step == 6  # its checkpoint loads
+
+
+def test_an_adaptive_run_records_how_many_steps_the_test_images_take(root):
+    shape = Architecture(width=8, heads=2, block=blocks.Thick(causal=False, init=0.5))
+    run = Store("x", root).run(config(**IMAGES | {"model": shape}, adaptive=True,
+                                      solver=Relaxation(step=0.8, max_steps=60, tol=1e-4)))
+    clean, noisy = (run.metrics["adaptive"][name] for name in ("clean", "noisy"))
+    assert abs(clean["accuracy"] - run.metrics["final"]["accuracy"]) < 1e-9
+    means = [clean[key]["mean"] for key in ("0.01", "0.001", "0.0001", "1e-05")]
+    assert 0 < means[0] < means[1] < means[2] < means[3]
+    assert abs(means[2] - run.metrics["final"]["iterations"]) < 0.05 * means[2]  # one relaxation read on its way
+    assert noisy["1e-05"]["mean"] != clean["1e-05"]["mean"] and len(clean["0.001"]["by_margin"]) == 10
 
 
 @pytest.mark.parametrize("block", [blocks.Layered(layers=2), blocks.Attractor(), blocks.Thin(), blocks.Energy(),

@@ -564,14 +564,14 @@ struct Adjoint {
 
 struct Unit {
     int sample = 0, first = 0, rows = 0, steps = 0;
-    float lowest = INFINITY, start = 0, bound = 0;
+    float lowest = INFINITY, start = 0, bound = 0, step = 0;
     bool plain = false, last = false;
     Differences history;
     std::vector<float> best;
     Unit(int size, int memory) : history(size, memory), best(size) {}
 
-    void begin(int at, int tokens, int width) {
-        first = at, rows = tokens, steps = 0, lowest = INFINITY, plain = last = false;
+    void begin(int at, int tokens, int width, float size) {
+        first = at, rows = tokens, steps = 0, lowest = INFINITY, plain = last = false, step = size;
         history.begin(tokens * width);
     }
 };
@@ -592,13 +592,14 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
             unit.sample = next++;
             if (unit.sample >= samples) return false;
             outcome[unit.sample] = {};
-            unit.begin(phase.backwards ? (T - 1) / chunk * chunk : 0, phase.backwards ? T - (T - 1) / chunk * chunk : chunk, C);
+            unit.begin(phase.backwards ? (T - 1) / chunk * chunk : 0, phase.backwards ? T - (T - 1) / chunk * chunk : chunk, C,
+                       solver.step);
             return true;
         };
         auto onward = [&](Unit &unit) {  // the sample's next unit, or the next sample
             const int at = unit.first + (phase.backwards ? -chunk : chunk);
             if (at < 0 || at >= T) return take(unit);
-            unit.begin(at, std::min(chunk, T - at), C);
+            unit.begin(at, std::min(chunk, T - at), C, solver.step);
             return true;
         };
         size_t busy = 0;
@@ -645,14 +646,14 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
                     if (unit.steps == solver.max_steps) {  // out of steps: back to the best state, for its force and cache
                         unit.last = true;
                         std::copy_n(unit.best.begin(), size, z);
-                    } else if (!unit.plain && residual > STALL * unit.lowest) {
-                        unit.plain = true;
-                        sum.fallbacks++;
+                    } else if (residual > STALL * unit.lowest) {  // plain from here on, at half the step each time
+                        sum.fallbacks += !unit.plain;
+                        unit.plain = true, unit.step /= 2;
                         unit.history.forget();
                         std::copy_n(unit.best.begin(), size, z);
                     } else {
                         if (!unit.plain) unit.history.record(z, push);
-                        unit.history.move(z, push, solver.step);
+                        unit.history.move(z, push, unit.step);
                     }
                     unit.steps++;
                 }
