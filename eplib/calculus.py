@@ -115,7 +115,8 @@ def positions(u: Tensor) -> Tensor:
 class Sublayers(nn.Module):
     """Weights of one pre-LN transformer block: LayerNorm, causal or full multi-head attention, tanh-GELU network.
 
-    linear: the attention is f(q) (f(k)^T v) / (f(q) sum f(k)) over all tokens, f = elu + 1 (Katharopoulos 2020). Shared by the equilibrium blocks and by the ordinary transformer, so that the two have the same parameters.
+    linear: the attention is f(q) (f(k)^T v) / (f(q) sum f(k)) over all tokens, f = elu + 1 (Katharopoulos 2020). Shared by the
+    equilibrium blocks and by the ordinary transformer, so that the two have the same parameters.
     The output weights of both branches start at `init` times the usual 1/sqrt(fan-in), well inside the contractive region.
     """
 
@@ -264,7 +265,8 @@ class LinearAttentionSlope(AttentionSlope):
         return self.q @ self.k.mT * self.inverse
 
     def _moved(self, dn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (split_heads(part, self.layers.heads) for part in self.layers.qkv(dn * self.layers.ln1.weight).chunk(3, -1))
+        layers = self.layers
+        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
         return dq * self.q_slope, dk * self.k_slope, dv
 
     def product(self, dn: Tensor) -> Tensor:

@@ -126,10 +126,11 @@ class CompiledBlock:
 
     def __init__(self, block: EquilibriumBlock):
         layers = block.layers if isinstance(block, EquilibriumBlock) else None
-        if layers is None or layers.qk_norm or layers.linear or layers.width % MULTIPLE or layers.width // layers.heads % HEAD:
-            raise KernelError("the compiled kernel knows blocks.Thick without qk_norm or linear attention, of a width that is a "
-                              f"multiple of {MULTIPLE} and heads of a multiple of {HEAD}; this is {type(block).__name__}. Use "
-                              "backend=\"torch\"")
+        if layers is None or layers.qk_norm or layers.linear or layers.width % MULTIPLE \
+                or layers.width // layers.heads % HEAD:
+            raise KernelError("the compiled kernel knows blocks.Thick without qk_norm or linear attention, of a width that is "
+                              f"a multiple of {MULTIPLE} and heads of a multiple of {HEAD}; this is {type(block).__name__}. "
+                              "Use backend=\"torch\"")
         self.block = block
         self.settled: tuple[Tensor, CompiledJacobian] | None = None  # the last free state, and J there
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
