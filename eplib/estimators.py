@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import configuration
-from .horizons import BPTT, Backprop, ForwardMode, Steps, finite_horizon, named_gradient
+from .horizons import BPTT, Backprop, ForwardMode, Steps, finite_horizon
 from .models import Backend, EquilibriumModel
 from .solvers import Solution, Solver, Status, norm
 from .starts import LinearStart
@@ -71,13 +71,15 @@ class Problem:
 
     @cached_property
     def readout(self) -> tuple[float, Tensor, dict[str, Tensor]]:
-        """At the free state, by one backward pass: the mean loss, g, and the mean loss's direct gradient in each parameter."""
+        """At the free state, by one backward pass: the mean loss, g, and the mean loss's direct gradient in each parameter that
+        it reaches without the state."""
         with torch.enable_grad():
             z = self.state.detach().requires_grad_()
             losses = self.model.loss(self.model.block.output(z), self.targets)
             names, values = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad), strict=True)
-            slope, *grads = torch.autograd.grad(losses.sum(), (z, *values), allow_unused=True, materialize_grads=True)
-        return losses.mean().item(), slope, {n: grad / len(losses) for n, grad in zip(names, grads, strict=True)}
+            slope, *grads = torch.autograd.grad(losses.sum(), (z, *values), allow_unused=True)
+        direct = {n: grad / len(losses) for n, grad in zip(names, grads, strict=True) if grad is not None}
+        return losses.mean().item(), slope, direct
 
     @cached_property
     def slope(self) -> Tensor:
@@ -507,14 +509,17 @@ def _read_out(problem: Problem, adjoint: Tensor) -> dict[str, Tensor]:
     The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each
     weight. Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
     """
-    model, batch = problem.model, problem.state.shape[0]
+    model, adjoint = problem.model, adjoint / problem.state.shape[0]
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.no_grad():
         block, into = problem.jacobian.contract(adjoint)
-    grads = dict(problem.readout[2])  # of every parameter that is trained
     with torch.enable_grad():
         x = model.clamp(problem.inputs)
-        clamped = named_gradient(model, (into * x).sum()) if x.requires_grad else {}
-    for name, value in [*clamped.items(), *((f"block.{name}", value) for name, value in block.items())]:
-        if name in grads:
-            grads[name] = grads[name] + value / batch
-    return grads
+        clamped = torch.autograd.grad((into * x).sum(), list(trained.values()), allow_unused=True) if x.requires_grad else ()
+    grads: dict[str, Tensor] = {}
+    for part in (problem.readout[2], dict(zip(trained, clamped, strict=False)),
+                 {f"block.{name}": value for name, value in block.items()}):
+        for name, value in part.items():
+            if name in trained and value is not None:
+                grads[name] = grads[name] + value if name in grads else value
+    return {name: grads[name] if name in grads else torch.zeros_like(value) for name, value in trained.items()}

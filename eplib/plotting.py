@@ -52,6 +52,18 @@ METHODS: dict[str, tuple[str, str, Line]] = {
     "rate": ("rate, one probe", PALETTE[0], "-"),
     "rate_pair": ("rate, two probes", PALETTE[3], "-"),
     "rate_token": ("rate, per token", PALETTE[1], "-"),
+    "frozen": ("control: readout alone", PALETTE[7], ":"),
+    "shuffled": ("control: shuffled nudge", PALETTE[7], "--"),
+    "flipped": ("control: flipped correction", PALETTE[7], "-."),
+    "reference": ("reference", PALETTE[0], "-"),
+    "reference_controlled": ("reference, controlled", PALETTE[0], "--"),
+    "reference_corrected": ("reference, corrected", PALETTE[5], "-"),
+    "symmetric": ("reference, symmetric", PALETTE[4], ":"),
+    "symmetric_controlled": ("symmetric, controlled", PALETTE[4], "-"),
+    "reference_annealed": ("reference, annealed", PALETTE[0], "--"),
+    "reference_fixed": ("reference, fixed", PALETTE[0], "-"),
+    "corrected_annealed": ("corrected, annealed", PALETTE[5], "--"),
+    "corrected_fixed": ("corrected, fixed", PALETTE[5], "-"),
     "rate_damped": ("rate, two probes, c = 1", PALETTE[3], "--"),
 }
 

@@ -19,7 +19,8 @@ EXACT = [estimators.DyadicEP(beta=0.1), estimators.DyadicEP(beta=1e-3, held=Fals
 CONTRAST = [estimators.AsymEP(beta=1e-4), estimators.Tracking(beta=1e-4), estimators.HolomorphicEP(beta=5e-3, points=4),
             estimators.HolomorphicEP(beta=1e-4, points=2)]
 ONE_SIDED = estimators.AsymEP(beta=1e-6, nudging="one-sided")
-INEXACT = [estimators.VectorField(), estimators.OneStep(), estimators.FeedbackAlignment(), estimators.BPTT(steps=900, window=1)]
+INEXACT = [estimators.VectorField(), estimators.ShuffledNudge(), estimators.OneStep(), estimators.FeedbackAlignment(),
+           estimators.BPTT(steps=900, window=1)]
 
 
 def name(estimator):
@@ -47,6 +48,40 @@ def test_the_inexact_estimators_fail_that_proof(estimator):
     found = agreement(report.grads, truth)
     assert found["Wv"].cosine < 0.95
     assert found["readout"].cosine > 0.99999  # which ignores the adjoint state: why one cosine over everything proves nothing
+
+
+def test_a_flipped_correction_is_further_from_the_adjoint_than_none():
+    model, inputs, targets = transformer(init=0.3)
+    truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
+
+    def error(kind):
+        found = eplib.gradient(model, inputs, targets, estimator=kind, solver=TIGHT, nudged=NUDGED).grads
+        return agreement(found, truth)["Wv"].error
+
+    right, none, flipped = (error(kind(beta=1e-3)) for kind in (estimators.AsymEP, estimators.VectorField,
+                                                                estimators.FlippedCorrection))
+    assert right < 1e-3 and flipped > none > 0.1
+
+
+@pytest.mark.parametrize("estimator", [estimators.DyadicEP(), estimators.AsymEP(), estimators.BPTT(steps=50)], ids=name)
+@pytest.mark.parametrize("kept", [("readout",), ("block.layers.wo", "position"), ("embedding",)], ids=str)
+def test_frozen_parameters_get_no_gradient_and_change_no_other(estimator, kept):
+    model, inputs, targets = transformer()
+    asked = {"estimator": estimator, "solver": TIGHT, "nudged": NUDGED}
+    full = eplib.gradient(model, inputs, targets, **asked).grads
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(kept))
+    part = eplib.gradient(model, inputs, targets, **asked).grads
+    assert set(part) == {key for key in full if key.startswith(kept)} and part
+    for key, value in part.items():
+        assert torch.allclose(value, full[key], rtol=1e-9, atol=1e-12), key
+
+
+def test_a_model_without_anything_to_train_is_refused():
+    model, inputs, targets = transformer()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT)
 
 
 @pytest.mark.parametrize("nudged", [Anderson(step=0.5, max_steps=60, tol=1e-8), Snapshot(step=0.3, max_steps=300)], ids=name)

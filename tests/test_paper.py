@@ -20,7 +20,7 @@ ROOT = common.ROOT
 FIGURES = {
     "gradients": ["F1", "F2", "F3"],
     "architectures": [],
-    "mnist": ["F4", "F5"],
+    "mnist": ["F4", "F4b", "F5", "F6", "F6b", "F7"],
     "shakespeare": ["F8", "F8b", "F9"],
     "campaign": ["F10", "X1"],
     "stability": ["F12", "F13", "F13b", "F14"],
@@ -30,7 +30,7 @@ FIGURES = {
 TABLES = {
     "gradients": ["T1", "T1_operator", "F1_radius"],
     "architectures": ["T5"],
-    "mnist": ["T2"],
+    "mnist": ["T2", "T2b", "T3", "T3b"],
     "shakespeare": ["T4"],
     "campaign": ["T6", "X1"],
     "stability": ["T7", "T7b", "T7c"],

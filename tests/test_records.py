@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
-from eplib import records
+from eplib import diagnostics, records
 from eplib.config import ConfigurationError, digest, plain
 from eplib.records import Run, Store, configurations
 from eplib.training import OutOfTime, Optimiser
@@ -445,3 +447,23 @@ def test_a_budget_that_ends_gives_status_3_and_the_next_call_goes_on(command, ro
     assert len(list((root / "checkpoints").rglob("checkpoint.safetensors"))) == 2
     assert command("--budget", "10m") == 0
     assert [json.loads(path.read_text())["sessions"] for path in (root / "results").rglob("machine.json")] == [2, 2]
+
+
+def test_equivalence_is_decided_by_two_one_sided_tests():
+    """Against the two t statistics by hand; one pair decides nothing."""
+    differences = [0.10, 0.20, 0.05, 0.10, 0.15]
+    found = records.compare(differences, margin=0.3)
+    error = statistics.stdev(differences) / math.sqrt(5)
+    assert math.isclose(found.mean, 0.12) and found.pairs == 5
+    assert math.isclose(found.p, stats.t.sf((0.3 - 0.12) / error, 4), rel_tol=1e-9)  # the side that is closer
+    assert math.isclose(found.high - found.low, 2 * stats.t.isf(0.025, 4) * error, rel_tol=1e-9)
+    assert found.equivalent and records.compare([value + 0.2 for value in differences], 0.3).equivalent is False
+    assert records.compare([0.1], 0.3) == records.Comparison(1, 0.1) and records.compare([], 0.3).mean is None
+    assert records.compare([0.1], 0.3).equivalent is None
+    with pytest.raises(ValueError, match="margin = 0"):
+        records.compare(differences, 0)
+
+
+def test_ranks_are_those_of_scipy():
+    values = torch.tensor([3, 1, 2, 2, 5, 2, 1, 7])
+    assert (diagnostics.ranks(values) + 1).tolist() == stats.rankdata(values.numpy()).tolist()
