@@ -509,13 +509,16 @@ def _read_out(problem: Problem, adjoint: Tensor) -> dict[str, Tensor]:
     The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each
     weight. Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
     """
-    model, adjoint = problem.model, adjoint / problem.state.shape[0]
+    model, batch = problem.model, problem.state.shape[0]
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.no_grad():
-        block, into = problem.jacobian.contract(adjoint)
+        block, into = problem.jacobian.contract(adjoint)  # of the very tensor that the solver returned: its pass may be kept
+        for value in block.values():
+            value.div_(batch)  # no second copy of the size of the weights
     with torch.enable_grad():
         x = model.clamp(problem.inputs)
-        clamped = torch.autograd.grad((into * x).sum(), list(trained.values()), allow_unused=True) if x.requires_grad else ()
+        score = (into * x).sum() / batch
+        clamped = torch.autograd.grad(score, list(trained.values()), allow_unused=True) if x.requires_grad else ()
     grads: dict[str, Tensor] = {}
     for part in (problem.readout[2], dict(zip(trained, clamped, strict=False)),
                  {f"block.{name}": value for name, value in block.items()}):

@@ -35,6 +35,7 @@ from .starts import LinearStart
 
 EXCURSION = 1e-1  # free residual (max over the batch) above which a step counts as an excursion
 CHECKPOINT_SECONDS = 20.0
+TAIL = 64  # steps of plain relaxation at an evaluation, at most, the last of which gives `rate_tail`
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -426,7 +427,7 @@ class Trainer:
             "nudged_residual_median": nudged.median().item(), "nudged_residual_max": nudged.max().item(),
             "iterations_mean": report.free.steps.double().mean().item(), "iterations_max": report.free.steps.max().item(),
             "nudged_iterations_max": report.nudged.steps.max().item() if report.nudged else 0,
-            "rate_tail": report.free.rate.nan_to_num(0).max().item(),
+            "rate_tail": max(report.free.rate[report.free.rate.isfinite()].tolist(), default=math.nan),
             "rate_probe": report.measured.get("rate_probe", math.nan), "penalty": report.measured.get("penalty", math.nan),
             "coefficient": report.measured.get("coefficient", math.nan),
             "displacement": report.measured.get("displacement", math.nan),
@@ -462,7 +463,9 @@ class Trainer:
                     jacobian = self.average.block.linearise(solution.value, self.average.clamp(inputs))
                 step = self.config.solver.step
                 row |= spectra.edges(spectra.eigenvalues(jacobian, solution.value, step), step)
-                row |= {"numerical_abscissa": spectra.numerical_abscissa(jacobian, solution.value).max().item()}
+                relaxed = self.average.settle(inputs, Relaxation(step=step, max_steps=TAIL, tol=1e-5))
+                row |= {"numerical_abscissa": spectra.numerical_abscissa(jacobian, solution.value).max().item(),
+                        "rate_tail": relaxed.rate.max().item()}
         self.progress.curve.append(row)
 
     def _save(self) -> None:

@@ -418,3 +418,27 @@ def test_a_fingerprint_is_one_call_on_a_model(kind):
         model.block.layers.w2.weight.fill_(math.nan)
     broken = diagnostics.fingerprint(model, inputs, targets, solver)
     assert set(broken) == set(found) and all(math.isnan(value) for name, value in broken.items() if name != "residual")
+
+
+def test_the_rate_penalty_has_a_local_form_without_a_second_derivative():
+    """With r = |(I + s J) v| / |v|, v and the state held, dr = (s / |v|) <w, dJ v>, w the unit vector along (I + s J) v; and
+    <w, dJ v> is the contrast of two read-outs <w, dF>, at the states z + eps v and z - eps v: outer products of local
+    quantities, as in the read-out of the gradient itself. The error is of second order in eps."""
+    model, inputs, z = small()
+    penalty = ContractionRate(target=0.3, products=2)
+    asked = penalty(at(model, inputs, z), STEP).grads
+    problem = at(model, inputs, z)
+    errors = []
+    with torch.no_grad():
+        v = penalty._probe(problem, STEP)
+        moved = v + STEP * problem.jacobian.product(v)
+        size, grown = (norm(part).view(-1, 1, 1) for part in (v, moved))
+        excess = grown / size - penalty.target
+        assert (excess > 0).all()
+        w = 2 * penalty.strength / len(z) * excess * STEP / size * moved / grown
+        for eps in (1e-2, 1e-3):
+            ahead, behind = (problem.linearise(z + side * eps * v / size).contract(w * size)[0] for side in (1, -1))
+            local = {f"block.{name}": (value - behind[name]) / (2 * eps) for name, value in ahead.items()}
+            assert set(local) <= set(asked)
+            errors.append(max((value - asked[name]).norm().item() / asked[name].norm().item() for name, value in local.items()))
+    assert errors[1] < 1e-4 and 50 < errors[0] / errors[1] < 200, errors

@@ -432,6 +432,7 @@ def test_the_log_has_every_promised_column_and_the_three_rates_apart(root):
     assert not np.allclose(run.log["rate_tail"], run.log["rate_probe"])
     assert not np.allclose(run.log["rate_probe"][1::2], run.curve["rate_arnoldi"])
     assert (run.curve["abscissa"] <= run.curve["numerical_abscissa"] + 1e-5).all() and (run.curve["frequency"] >= 0).all()
+    assert ((0 < run.curve["rate_tail"]) & (run.curve["rate_tail"] < run.curve["rate_arnoldi"] + 0.1)).all()
     assert (run.curve["rate_arnoldi"] >= np.abs(1 + run.config.solver.step * run.curve["abscissa"]) - 1e-5).all()
     assert np.isnan(run.log["coefficient"]).all()  # no controller here has one
     timing = next((root / "results" / "x" / "machine").rglob("timing.csv")).read_text().splitlines()
