@@ -51,7 +51,7 @@ $(STAMP):
 kernel: setup  ## build the optional compiled CPU kernel (seconds, where a C++ compiler is at hand)
 	@python -m eplib.kernels
 
-repro: setup kernel  ## run the quick profile: data, experiments, figures, paper and report (about 20 minutes on 2 cores)
+repro: setup kernel  ## run the quick profile: data, experiments, figures, paper and report (about 40 minutes on 2 cores)
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
 	@echo "   About 40 minutes on 2 CPU cores the first time; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
