@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from eplib.starts import LinearStart
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled kernel is not built: python -m eplib.kernels")
 
-SHAPES = [(16, 4, 5, True), (32, 4, 13, True), (64, 4, 40, True), (48, 2, 9, False), (64, 8, 16, False)]
+SHAPES = [(16, 4, 5, True, False), (32, 4, 13, True, False), (64, 4, 40, True, False), (48, 2, 9, False, False),
+          (64, 8, 16, False, False), (64, 4, 4, False, True), (48, 4, 17, False, True)]  # the last two: linear attention
 
 
-def system(width=32, heads=4, tokens=13, causal=True, strength=1.0, damping=0.0, batch=3):
+def system(width=32, heads=4, tokens=13, causal=True, strength=1.0, damping=0.0, batch=3, linear=False):
     """A block with all its weights away from their initial values, and a clamp."""
     torch.manual_seed(0)
-    block = blocks.Thick(causal=causal, init=strength, damping=damping).build(width, heads, tokens)
+    kind = blocks.LinearAttention() if linear else blocks.Thick(causal=causal)
+    block = replace(kind, init=strength, damping=damping).build(width, heads, tokens)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -31,10 +34,10 @@ def close(a, b, tolerance=2e-6):
     return (a - b).norm() <= tolerance * b.norm()
 
 
-@pytest.mark.parametrize(("width", "heads", "tokens", "causal"), SHAPES)
+@pytest.mark.parametrize(("width", "heads", "tokens", "causal", "linear"), SHAPES)
 @pytest.mark.parametrize("damping", [0.0, 0.7])
-def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, damping):
-    block, x = system(width, heads, tokens, causal, damping=damping)
+def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, linear, damping):
+    block, x = system(width, heads, tokens, causal, damping=damping, linear=linear)
     z, v = torch.randn_like(x), torch.randn_like(x)
     with torch.no_grad():
         compiled = kernels.CompiledBlock(block)
@@ -48,9 +51,12 @@ def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, d
             assert close(grads[name], truth[name], 5e-6), name
 
 
-def test_several_trajectories_share_a_clamp_and_a_linearisation():
-    block, x = system()
-    z, v = torch.randn(3, 2, 13, 32), torch.randn(3, 2, 13, 32)
+@pytest.mark.parametrize(("batch", "tokens", "causal", "linear"), [(3, 13, True, False), (17, 4, False, False),
+                                                                   (17, 4, False, True)])
+def test_several_trajectories_share_a_clamp_and_a_linearisation(batch, tokens, causal, linear):
+    """Few tokens are computed several samples at a time; a sample's result is that of its own."""
+    block, x = system(tokens=tokens, causal=causal, batch=batch, linear=linear)
+    z, v = torch.randn(batch, 2, tokens, 32), torch.randn(batch, 2, tokens, 32)
     with torch.no_grad():
         compiled = kernels.CompiledBlock(block)
         jacobian = compiled.linearise(z[:, 0], x)
@@ -59,12 +65,14 @@ def test_several_trajectories_share_a_clamp_and_a_linearisation():
         assert torch.equal(jacobian.product(v), both)
         both = torch.stack([jacobian.transposed(v[:, k].contiguous()) for k in range(2)], 1)
         assert torch.equal(jacobian.transposed(v), both)
+        last = kernels.CompiledBlock(block).linearise(z[-1:, 0].contiguous(), x[-1:])
+        assert torch.equal(last.transposed(v[-1:, 0].contiguous()), both[-1:, 0])
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "linear"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 40])
-def test_substitution_ends_where_pytorch_does(causal, chunk):
-    block, x = system(64, 4, 40, causal, strength=0.4)
+def test_substitution_ends_where_pytorch_does(causal, linear, chunk):
+    block, x = system(64, 4, 40, causal, strength=0.4, linear=linear)
     solver = Substitution(step=0.7, max_steps=100, tol=1e-5, chunk=chunk)
     with torch.no_grad():
         compiled = kernels.CompiledBlock(block)
@@ -165,8 +173,8 @@ def test_it_refuses_what_it_does_not_compute():
         kernels.CompiledBlock(block)(x.double(), x)
     with pytest.raises(kernels.KernelError, match="qk_norm"):
         kernels.CompiledBlock(blocks.Thick(qk_norm=True).build(32, 4, 8))
-    with pytest.raises(kernels.KernelError, match="linear attention"):
-        kernels.CompiledBlock(blocks.LinearAttention().build(32, 4, 8))
+    with pytest.raises(kernels.KernelError, match="asymmetric"):
+        kernels.CompiledBlock(blocks.LinearAttention(symmetric=True).build(32, 4, 8))
     with pytest.raises(kernels.KernelError, match="LayeredBlock"):
         kernels.CompiledBlock(blocks.Layered().build(32, 4, 8))
     with pytest.raises(kernels.KernelError, match="multiple of 16"):

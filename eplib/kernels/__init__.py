@@ -1,4 +1,4 @@
-"""The optional compiled CPU kernel of `blocks.Thick`: the same dynamics, several times faster than eager PyTorch.
+"""The optional compiled CPU kernel of `blocks.Thick` and `blocks.LinearAttention`: the same dynamics, several times faster.
 
 `python -m eplib.kernels` builds it where a C++ compiler is at hand (set-up does so); `backend="compiled"` uses it. The PyTorch
 path is the reference: forces and products agree with it to float32 rounding, settled states to the solver's tolerance. The
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import Attractor, EquilibriumBlock, Thick
+from ..blocks import Attractor, EquilibriumBlock, LinearAttention, Thick
 from ..solvers import Solution, Status, Substitution
 
 SOURCE = Path(__file__).with_name("thick.cpp")
@@ -48,7 +48,9 @@ def path() -> Path:
 
 def knows(block: Any, width: int, heads: int) -> bool:
     """Whether the kernel computes the block of this configuration at this width and number of heads."""
-    return isinstance(block, Thick | Attractor) and not block.qk_norm and width % MULTIPLE == 0 and width // heads % HEAD == 0
+    known = not block.symmetric if isinstance(block, LinearAttention) else \
+        isinstance(block, Thick | Attractor) and not block.qk_norm
+    return known and width % MULTIPLE == 0 and width // heads % HEAD == 0
 
 
 def available() -> bool:
@@ -79,12 +81,13 @@ def build() -> Path:
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "width", "heads", "hidden", "causal")] + [("decay", ctypes.c_float)]
+    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "width", "heads", "hidden", "causal", "linear")] + [
+        ("decay", ctypes.c_float)]
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("n", "inverse", "q", "k", "v", "k_tiles", "v_tiles", "weights", "out",
-                                                     "slope")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("n", "inverse", "q", "k", "v", "k_tiles", "v_tiles", "weights", "share",
+                                                     "out", "slope")]
 
 
 class _Solver(ctypes.Structure):
@@ -126,11 +129,10 @@ class CompiledBlock:
 
     def __init__(self, block: EquilibriumBlock):
         layers = block.layers if isinstance(block, EquilibriumBlock) else None
-        if layers is None or layers.qk_norm or layers.linear or layers.width % MULTIPLE \
-                or layers.width // layers.heads % HEAD:
-            raise KernelError("the compiled kernel knows blocks.Thick without qk_norm or linear attention, of a width that is "
-                              f"a multiple of {MULTIPLE} and heads of a multiple of {HEAD}; this is {type(block).__name__}. "
-                              "Use backend=\"torch\"")
+        if layers is None or layers.qk_norm or layers.width % MULTIPLE or layers.width // layers.heads % HEAD:
+            raise KernelError("the compiled kernel knows blocks.Thick without qk_norm and blocks.LinearAttention, asymmetric; "
+                              f"width a multiple of {MULTIPLE}, of each head a multiple of {HEAD}. This is "
+                              f"{type(block).__name__}. Use backend=\"torch\"")
         self.block = block
         self.settled: tuple[Tensor, CompiledJacobian] | None = None  # the last free state, and J there
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
@@ -180,13 +182,14 @@ class _Storage:
         self.samples, padded = z.shape[:-2].numel(), compiled.library.eplib_padded(tokens)
         heads, width, hidden, rows = layers.heads, compiled.width, compiled.hidden, self.samples * tokens
         sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, rows * heads * padded,
-                 rows * (width + hidden), rows * hidden)
+                 rows * heads, rows * (width + hidden), rows * hidden)
         kept = self.spare.setdefault(sizes, [])
         self.parts = kept.pop() if kept else [torch.empty(size) for size in sizes]
         weakref.finalize(self, kept.append, self.parts).atexit = False
-        self.n, self.out = self.parts[0].view(rows, width), self.parts[8].view(rows, width + hidden)
+        self.n, self.out = self.parts[0].view(rows, width), self.parts[9].view(rows, width + hidden)
         self.pointers = ctypes.byref(_Cache(*(part.data_ptr() for part in self.parts)))
-        self.shape = ctypes.byref(_Shape(tokens, width, heads, hidden, int(layers.causal), 1 + compiled.block.damping))
+        self.shape = ctypes.byref(_Shape(tokens, width, heads, hidden, int(layers.causal),
+                                         int(layers.linear), 1 + compiled.block.damping))
 
 
 class CompiledJacobian:

@@ -4,7 +4,8 @@
 //
 //     (q, k, v, h) = In n + bias        F = x - decay z + Out (attention(q, k, v), gelu(h))
 //
-// and so does each product with J or its transpose. Tokens are the rows of small matrices whose products run in registers.
+// and so does each product with J or its transpose. Attention is softmax attention, or linear attention over all tokens: with
+// features phi(h) = elu(h) + 1 of queries and keys its weights are phi(q) phi(k), shared out. Tokens are the rows of small matrices whose products run in registers.
 // `Free` and `Adjoint` solve by substitution: a unit of `chunk` tokens is taken to its fixed point by Anderson's method with
 // everything it depends on already settled, tokens before it in the free phase, tokens after it in the adjoint. A non-causal
 // block is one unit. Every row is summed in the same order whatever its neighbours, so results do not depend on threads.
@@ -88,19 +89,23 @@ static vec exponential(vec x) {
     return p * scale;
 }
 
+// elu(h) + 1, whose slope is the smaller of itself and 1
+static vec feature(vec h) { return h > 0.f ? h + 1.f : exponential(h); }
+
 static vec gate(vec h) { return 1.f / (1.f + exponential(-(h * h * CUBIC + SCALE) * h)); }
 
 // The shape of the block; mirrored by ctypes.
 struct Shape {
-    int tokens, width, heads, hidden, causal;
+    int tokens, width, heads, hidden, causal, linear;
     float decay;
 };
 
 // What a linearisation keeps of each sample, (samples, ...): n (T, C), 1 / sigma (T), queries, keys and values (H, T, D), keys
-// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T), the input of
-// `Out` (T, C + E): attention and gelu(h), and the slope of gelu (T, E), which holds h itself until the unit is settled.
+// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T) and one over
+// their sum before they were shared out (H, T), the input of `Out` (T, C + E): attention and gelu(h), and the slope of gelu
+// (T, E), which holds h itself until the unit is settled. Of linear attention q and k are the features.
 struct Cache {
-    float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *out, *slope;
+    float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *share, *out, *slope;
 };
 
 struct Solver {
@@ -294,7 +299,21 @@ struct Pass {
         to += tiles(r.sample, h) + r.token / PANEL * D * PANEL + r.token % PANEL;
         for (int d = 0; d < D; d++) to[d * PANEL] = from[d];
     }
-    float *weight(Row r, int h) const { return cache.weights + ((size_t(r.sample) * H + h) * T + r.token) * TP; }
+    size_t query(Row r, int h) const { return (size_t(r.sample) * H + h) * T + r.token; }
+    float *weight(Row r, int h) const { return cache.weights + query(r, h) * TP; }
+
+    // What the scores of a query do to its weights w, but for what they all lose to the sum.
+    vec growth(Row r, int h, const float *w) const { return s.linear ? all(cache.share[query(r, h)]) : at(w) * root; }
+
+    // From a change of queries and keys (2 C) to that of their features, or back.
+    void through_features(Row r, float *to) const {
+        if (!s.linear) return;
+        for (int h = 0; h < H; h++)
+            for (int d = 0; d < D; d++) {
+                to[h * D + d] *= std::min(1.f, cache.q[row(r, h) + d]);
+                to[C + h * D + d] *= std::min(1.f, cache.k[row(r, h) + d]);
+            }
+    }
 
     // work(row, head), the rows of one sample in turn for each head, so that its keys and values stay in the fastest cache
     template <class Work>
@@ -319,6 +338,8 @@ struct Pass {
         for (int i = 0; i < R; i++) {
             float *y = &wide[size_t(i) * NP];
             for (int j = 0; j < 3 * C; j++) y[j] += p.bias[j];
+            if (s.linear)
+                for (int j = 0; j < 2 * C; j += LANES) at(y + j) = feature(at(y + j));
             for (int h = 0; h < H; h++) {
                 const size_t to = row(rows[i], h);
                 std::copy_n(y + h * D, D, cache.q + to);
@@ -339,15 +360,19 @@ struct Pass {
             float *out = cache.out + place(r) * (C + E), *w = weight(r, h);
             scores(count, D, cache.q + row(r, h), cache.k_tiles + tiles(r.sample, h), w);
             int end = count;
-            for (; end % LANES; end++) w[end] = -INFINITY;
-            vec most = at(w);
-            for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
-            float top = most[0];
-            for (int j = 1; j < LANES; j++) top = std::max(top, most[j]);
+            for (; end % LANES; end++) w[end] = s.linear ? 0 : -INFINITY;
             vec sum{};
-            for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
-            for (int j = count; j < end; j++) sum[j % LANES] -= w[j], w[j] = 0;
-            const float share = 1 / total(sum);
+            if (s.linear) {
+                for (int j = 0; j < end; j += LANES) sum += at(w + j);
+            } else {
+                vec most = at(w);
+                for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
+                float top = most[0];
+                for (int j = 1; j < LANES; j++) top = std::max(top, most[j]);
+                for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
+                for (int j = count; j < end; j++) sum[j % LANES] -= w[j], w[j] = 0;
+            }
+            const float share = cache.share[query(r, h)] = 1 / total(sum);
             for (int j = 0; j < end; j += LANES) at(w + j) *= share;
             mixture(count, D, w, 1, cache.v + row({r.sample, 0}, h), D, out + h * D);
             x[i] = out;
@@ -391,7 +416,7 @@ struct Pass {
             float *ds = &slopes[(size_t(h) * R + i) * TP];
             scores(count, D, drawn, cache.v_tiles + tiles(r.sample, h), ds);
             const float along = dot(D, drawn, out + h * D);
-            for (int j = 0; j < count; j += LANES) at(ds + j) = at(w + j) * (at(ds + j) - along) * root;
+            for (int j = 0; j < count; j += LANES) at(ds + j) = growth(r, h, w + j) * (at(ds + j) - along);
             mixture(count, D, ds, 1, cache.k + row({r.sample, 0}, h), D, back(i) + h * D);
         });
         by_head(rows, [&](int i, int h) {  // what the unit's own queries send to its keys and values
@@ -406,7 +431,10 @@ struct Pass {
             mixture(end - from, D, weight(rows[from], h) + r.token, TP, &wide[size_t(from) * OP + h * D], OP, sum);
             axpy(D, 1, sum, to + C);
         });
-        for (int i = 0; i < R; i++) x[i] = back(i);
+        for (int i = 0; i < R; i++) {
+            x[i] = back(i);
+            through_features(rows[i], back(i));
+        }
         multiply(R, N, C, x.data(), p.in_t, narrow.data());
         for (int i = 0; i < R; i++) {
             const size_t at = place(rows[i]);
@@ -417,40 +445,47 @@ struct Pass {
         }
     }
 
-    // J v of all tokens of one sample, v (T, C), into `push`; needs room for T rows.
-    void product(int sample, const float *v) {
-        const int NP = padded(N), CP = padded(C);
-        std::vector<float> turned(size_t(C) * TP), other(std::max(TP, D)), dn(size_t(T) * C), inputs(size_t(T) * (C + E));
-        for (int t = 0; t < T; t++) {
-            const size_t at = place({sample, t});
-            normalise_slope(v + t * C, cache.n + at * C, cache.inverse[at], &dn[t * C]);
-            x[t] = &dn[t * C];
+    // J v of rows that make whole samples, v(i) (C), into `push`.
+    template <class State>
+    void product(const std::vector<Row> &rows, State v) {
+        const int R = rows.size(), NP = padded(N), CP = padded(C);
+        std::vector<float> turned(size_t(C) * TP), other(std::max(TP, D)), dn(size_t(R) * C), inputs(size_t(R) * (C + E));
+        for (int i = 0; i < R; i++) {
+            const size_t at = place(rows[i]);
+            normalise_slope(v(i), cache.n + at * C, cache.inverse[at], &dn[i * C]);
+            x[i] = &dn[i * C];
         }
-        multiply(T, C, N, x.data(), p.in, wide.data());
-        for (int t = 0; t < T; t++)
-            for (int h = 0; h < H; h++) tile({0, t}, h, &wide[size_t(t) * NP + C + h * D], turned.data());
-        for (int t = 0; t < T; t++) {
-            const Row r{sample, t};
-            const float *y = &wide[size_t(t) * NP], *slope = cache.slope + place(r) * E;
+        multiply(R, C, N, x.data(), p.in, wide.data());
+        for (int i = 0; i < R; i++) {
+            const Row r = rows[i];
+            const int start = i - r.token;
+            if (i == start)  // the changes of the sample's keys
+                for (int t = 0; t < T; t++) {
+                    float *y = &wide[size_t(start + t) * NP];
+                    through_features({r.sample, t}, y);
+                    for (int h = 0; h < H; h++) tile({0, t}, h, y + C + h * D, turned.data());
+                }
+            const float *y = &wide[size_t(i) * NP], *slope = cache.slope + place(r) * E;
             const float *out = cache.out + place(r) * (C + E);
-            const int count = reach(t);
-            float *to = &inputs[size_t(t) * (C + E)];
-            x[t] = to;
+            const int count = reach(r.token);
+            float *to = &inputs[size_t(i) * (C + E)];
+            x[i] = to;
             for (int h = 0; h < H; h++) {
                 const float *w = weight(r, h);
                 float *ds = slopes.data(), sum = 0;
-                scores(count, D, y + h * D, cache.k_tiles + tiles(sample, h), ds);
+                scores(count, D, y + h * D, cache.k_tiles + tiles(r.sample, h), ds);
                 scores(count, D, cache.q + row(r, h), &turned[tiles(0, h)], other.data());
-                for (int j = 0; j < count; j++) ds[j] = w[j] * (ds[j] + other[j]) * root, sum += ds[j];
-                mixture(count, D, ds, 1, cache.v + row({sample, 0}, h), D, to + h * D);
-                mixture(count, D, w, 1, &wide[2 * C + h * D], NP, other.data());
+                for (int j = 0; j < count; j += LANES) at(ds + j) = growth(r, h, w + j) * (at(ds + j) + at(&other[j]));
+                for (int j = 0; j < count; j++) sum += ds[j];
+                mixture(count, D, ds, 1, cache.v + row({r.sample, 0}, h), D, to + h * D);
+                mixture(count, D, w, 1, &wide[size_t(start) * NP + 2 * C + h * D], NP, other.data());
                 for (int d = 0; d < D; d++) to[h * D + d] += other[d] - sum * out[h * D + d];
             }
             for (int j = 0; j < E; j++) to[C + j] = y[3 * C + j] * slope[j];
         }
-        multiply(T, C + E, C, x.data(), p.out, narrow.data());
-        for (int t = 0; t < T; t++)
-            for (int j = 0; j < C; j++) push[t * C + j] = narrow[size_t(t) * CP + j] - s.decay * v[t * C + j];
+        multiply(R, C + E, C, x.data(), p.out, narrow.data());
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < C; j++) push[i * C + j] = narrow[size_t(i) * CP + j] - s.decay * v(i)[j];
     }
 };
 
@@ -665,6 +700,33 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
     });
 }
 
+// work(pass, rows, at) for whole samples (samples, T, C), some of them together so that a product has rows enough; `repeat` of
+// them share a cache, whose sample the row names, and at[i] is where row i begins. What the pass leaves in `push` goes to `to`.
+template <class Work>
+static void in_groups(const Shape &s, const float *packed, const Cache &cache, int samples, int repeat, float *to, int threads,
+                      Work work) {
+    const Packed p(s, packed);
+    const int T = s.tokens, cached = samples / repeat;
+    threads = std::max(1, std::min(threads, samples));
+    const int together = std::max(1, std::min(ROWS / T, cached * repeat / threads));
+    const int groups = (cached + together - 1) / together;
+    std::atomic<int> next{0};
+    parallel(threads, [&] {
+        Pass pass(s, p, cache, together * T);
+        std::vector<Pass::Row> rows;
+        std::vector<size_t> at;
+        for (int g; (g = next++) < groups * repeat;) {
+            rows.clear(), at.clear();
+            const int begin = g / repeat * together, copy = g % repeat;
+            for (int b = begin; b < std::min(cached, begin + together); b++)
+                for (int t = 0; t < T; t++)
+                    rows.push_back({b, t}), at.push_back((size_t(b * repeat + copy) * T + t) * s.width);
+            work(pass, rows, at);
+            for (size_t i = 0; i < rows.size(); i++) std::copy_n(&pass.push[i * s.width], s.width, to + at[i]);
+        }
+    });
+}
+
 extern "C" {
 
 long eplib_packed(int width, int hidden) {
@@ -688,55 +750,30 @@ void eplib_pack(int C, int E, const float *qkv, const float *wo, const float *w1
     for (int c = 0; c < E; c++) *to++ = dot(C, w1 + size_t(c) * C, bias2);
 }
 
-// F of whole samples (samples, T, C), `repeat` of which share a clamp; `cached` of them get a cache each and are linearised.
+// F of whole samples (samples, T, C), `repeat` of which share a clamp; each has a cache of its own.
 void eplib_force(const Shape *s, const float *packed, const Cache *cache, int samples, int repeat, int linearise,
                  const float *z, const float *x, float *to, int threads) {
-    const Packed p(*s, packed);
-    const size_t size = size_t(s->tokens) * s->width;
-    std::atomic<int> next{0};
-    parallel(std::min(threads, samples), [&] {
-        Pass pass(*s, p, *cache, s->tokens);
-        std::vector<Pass::Row> rows(s->tokens);
-        for (int b; (b = next++) < samples;) {
-            for (int t = 0; t < s->tokens; t++) rows[t] = {b, t};
-            pass.force(rows, [&](int i) { return z + b * size + i * s->width; },
-                       [&](int i) { return x + b / repeat * size + i * s->width; });
-            if (linearise)
-                for (auto row : rows) pass.linearise(row);
-            std::copy_n(pass.push.data(), size, to + b * size);
-        }
+    in_groups(*s, packed, *cache, samples, 1, to, threads, [&](Pass &pass, const auto &rows, const auto &at) {
+        pass.force(rows, [&](int i) { return z + at[i]; },
+                   [&](int i) { return x + (size_t(rows[i].sample / repeat) * s->tokens + rows[i].token) * s->width; });
+        if (linearise)
+            for (auto row : rows) pass.linearise(row);
     });
 }
 
 // J v and J^T u of whole samples, `repeat` of which share a cache. back (samples, T, 3 C + E) is zero on entry.
 void eplib_product(const Shape *s, const float *packed, const Cache *cache, int samples, int repeat, const float *v, float *to,
                    int threads) {
-    const Packed p(*s, packed);
-    const size_t size = size_t(s->tokens) * s->width;
-    std::atomic<int> next{0};
-    parallel(std::min(threads, samples), [&] {
-        Pass pass(*s, p, *cache, s->tokens);
-        for (int b; (b = next++) < samples;) {
-            pass.product(b / repeat, v + b * size);
-            std::copy_n(pass.push.data(), size, to + b * size);
-        }
+    in_groups(*s, packed, *cache, samples, repeat, to, threads, [&](Pass &pass, const auto &rows, const auto &at) {
+        pass.product(rows, [&](int i) { return v + at[i]; });
     });
 }
 
 void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, int samples, int repeat, const float *u,
                       float *back, float *to, int threads) {
-    const Packed p(*s, packed);
-    const size_t size = size_t(s->tokens) * s->width;
-    std::atomic<int> next{0};
-    parallel(std::min(threads, samples), [&] {
-        Pass pass(*s, p, *cache, s->tokens);
-        std::vector<Pass::Row> rows(s->tokens);
-        for (int b; (b = next++) < samples;) {
-            for (int t = 0; t < s->tokens; t++) rows[t] = {b / repeat, t};
-            pass.transposed(rows, [&](int i) { return u + b * size + i * s->width; },
-                            [&](int i) { return back + (size_t(b) * s->tokens + i) * pass.N; }, [](int) { return 0; });
-            std::copy_n(pass.push.data(), size, to + b * size);
-        }
+    in_groups(*s, packed, *cache, samples, repeat, to, threads, [&](Pass &pass, const auto &rows, const auto &at) {
+        pass.transposed(rows, [&](int i) { return u + at[i]; }, [&](int i) { return back + at[i] / s->width * pass.N; },
+                        [](int) { return 0; });
     });
 }
 
