@@ -24,7 +24,9 @@ PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#f
 Line = str | tuple[int, tuple[int, int]]  # as matplotlib names a dash pattern
 METHODS: dict[str, tuple[str, str, Line]] = {
     "backprop": ("backprop", "#262626", "-"),
+    "backprop_thin": ("backprop, as small as Thin", "#262626", ":"),
     "bptt": ("BPTT", PALETTE[0], "-"),
+    "bptt_bare": ("BPTT, no control", PALETTE[0], ":"),
     "ep": ("EP, two trajectories", PALETTE[3], "-"),
     "ep_linear": ("EP, linear response", PALETTE[1], (0, (6, 1))),
     "ep_plane": ("EP, rate on a plane", PALETTE[6], (0, (4, 1, 1, 1))),
@@ -173,13 +175,22 @@ def reference(ax: Axes, y: float, text: str, *, comparable: bool) -> None:
         )
 
 
-def save(fig: Figure, name: str, profile: str, experiment: str, *, root: Path = ROOT) -> Path:
+def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = True, *, root: Path = ROOT) -> Path | None:
     """Write figures/<profile>/<experiment>/<name>.pdf, .svg and .png, the same bytes each time, and return the path of
     the SVG.
 
     `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC
-    does not track.
+    does not track. `shown` is what the figure shows: where that is empty, for want of runs, no file is left and None returned,
+    so that the paper says what is missing and how to make it.
     """
+    if not shown:
+        import matplotlib.pyplot as plt
+
+        plt.close(fig)
+        for kind in ("pdf", "svg", "png"):
+            (root / "figures" / profile / experiment / f"{name}.{kind}").unlink(missing_ok=True)
+        print(f"{name}: no run recorded")
+        return None
     if profile == "smoke" and not any(text.get_text() == SMOKE for text in fig.texts):
         fig.text(
             0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import tokenize
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
@@ -28,11 +29,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from . import data
 from .config import ConfigurationError, digest, parse, plain
 from .diagnostics import adaptive_compute
 from .models import Backend, EquilibriumModel
 from .solvers import Substitution
-from .training import EXCURSION, Progress, RunConfig, Trainer, build_model, build_task, evaluate, fastest_backend, \
+from .training import EXCURSION, Progress, RunConfig, Text, Trainer, build_model, build_task, evaluate, fastest_backend, \
     show_on_terminal, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,7 @@ SOURCE = ("blocks", "calculus", "config", "controllers", "data", "diagnostics", 
           "kernels/__init__", "models", "solvers", "spectra", "starts", "training")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
+PROMPT = "The king"  # of the recorded samples of text
 CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
 
 
@@ -170,6 +173,29 @@ class Run:
         model.load_state_dict(load_file(path))
         return model
 
+    def generate(self, prompt: str = PROMPT, tokens: int = 200, temperature: float = 0.8, seed: int = 0,
+                 step: int | None = None, root: Path = ROOT / "data") -> str:
+        """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver.
+
+        Raises FileNotFoundError without weights here, `data.DataError` for a character that the run's corpus has not.
+        """
+        model = self.model(step, root)
+        return _generate(model, self.config, prompt, tokens, temperature, seed, root)
+
+    @property
+    def sample(self) -> str | None:
+        """The text recorded with the run, where its profile asks for one: weights do not travel with results, it does."""
+        path = self.folder / "sample.txt"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _generate(model: EquilibriumModel, config: RunConfig, prompt: str, tokens: int, temperature: float, seed: int,
+              root: Path) -> str:
+    text = data.text(config.data.corpus, config.data.tokens, root)
+    ids = model.generate(torch.tensor(text.encode(prompt)), tokens, config.solver, temperature,
+                         torch.Generator().manual_seed(seed))
+    return text.decode(ids.tolist())
+
 
 def _columns(path: Path) -> dict[str, numpy.ndarray]:
     """A CSV file as {column: values}; numbers where every cell is one, an empty cell is NaN."""
@@ -191,7 +217,8 @@ class Store:
     def __init__(self, profile: str, root: Path = ROOT):
         self.profile, self.root = profile, Path(root)
         self.results = self.root / "results" / profile
-        self.stale = load_profile(profile, self.root).get("stale", "keep")
+        settings = load_profile(profile, self.root)
+        self.stale, self.sample = settings.get("stale", "keep"), settings.get("sample", 0)
 
     def find(self, config: RunConfig) -> Run | None:
         """The recorded run of this configuration, or None. A run of older source counts unless the profile retrains those."""
@@ -213,6 +240,8 @@ class Store:
         trainer = Trainer(config, scratch, self.root / "data", device, backend)
         progress = trainer.advance(deadline, show)
         metrics = summarise(trainer, progress)
+        sample = _generate(trainer.average, config, PROMPT, self.sample, 0.8, 0, self.root / "data") \
+            if self.sample and isinstance(config.data, Text) else None
         for step in (*config.keep, config.steps):
             write_atomically(run.weights_folder / trainer.weights(step).name, trainer.weights(step).read_bytes())
         elsewhere = self.results / "machine" / "runs" / config.experiment / run.folder.name
@@ -224,6 +253,8 @@ class Store:
         write_atomically(run.folder / "config.json", _json(plain(config)))
         write_atomically(run.folder / "log.csv", _csv(progress.rows))
         write_atomically(run.folder / "curve.csv", _csv(progress.curve))
+        if sample:
+            write_atomically(run.folder / "sample.txt", sample.encode())
         write_atomically(run.folder / "provenance.json", _json({"source": source_digest(), "backend": backend} | versions()))
         write_atomically(run.folder / "metrics.json", _json(metrics))
         shutil.rmtree(scratch)
@@ -291,6 +322,12 @@ def best_of_grid(runs: list[Run]) -> dict[str, list[Run]]:
         return math.inf if None in losses else sum(losses) / len(losses)
 
     return {arm: min(rates.values(), key=score) for arm, rates in grid.items()}
+
+
+def excursions(runs: Iterable[Run]) -> int | None:
+    """Training steps with an excursion, over all runs; None without a run: what never ran has not stayed stable."""
+    found = [run.metrics["excursions"] for run in runs]
+    return sum(found) if found else None
 
 
 def mean_loss(arms: dict[str, list[Run]], arm: str, metric: str = "loss") -> float | None:

@@ -68,7 +68,8 @@ def fill(root: Path, profile: str = "quick") -> None:
         for key in tables:
             common.write_text(results / name / f"{key}.json", json.dumps(table))
     texts = {"title": "Stories", "texts": [{"arm": "EP", "text": "Once $ # * _ <i> upon"}]}
-    common.write_text(results / "campaign" / "S1.json", json.dumps(texts))
+    for name, key in (("campaign", "S1"), ("shakespeare", "S2")):
+        common.write_text(results / name / f"{key}.json", json.dumps(texts))
     fig, (ax,) = plotting.figure()
     plotting.seeds(ax, [0, 1], [[1.0, 0.5], [1.0, 0.6]], "ep")
     drawn = plotting.save(fig, "F1", profile, "gradients", root=root)
@@ -167,6 +168,13 @@ def test_a_figure_has_the_same_bytes_each_time_and_no_date(tmp_path):
         b"CreationDate" not in (first / "F1.pdf").read_bytes() and b"<dc:date>" not in (first / "F1.svg").read_bytes()
     )
     assert paper.figures_in(first, tmp_path)["F1"]["wide"]
+
+
+def test_a_figure_without_data_leaves_no_file(tmp_path, capsys):
+    folder = draw(tmp_path, "quick")
+    fig, _ = plotting.figure()
+    assert plotting.save(fig, "F1", "quick", "toy", [], root=tmp_path) is None and not any(folder.iterdir())
+    assert capsys.readouterr().out == "F1: no run recorded\n"
 
 
 def test_only_smoke_figures_are_stamped(tmp_path):

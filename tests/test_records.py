@@ -16,7 +16,7 @@ import torch
 import yaml
 from scipy import stats
 
-from eplib import diagnostics, records
+from eplib import data, diagnostics, records
 from eplib.config import ConfigurationError, digest, plain
 from eplib.records import Run, Store, configurations
 from eplib.training import OutOfTime, Optimiser
@@ -467,3 +467,30 @@ def test_equivalence_is_decided_by_two_one_sided_tests():
 def test_ranks_are_those_of_scipy():
     values = torch.tensor([3, 1, 2, 2, 5, 2, 1, 7])
     assert (diagnostics.ranks(values) + 1).tolist() == stats.rankdata(values.numpy()).tolist()
+
+
+# --- text
+
+def test_text_is_generated_from_a_stored_checkpoint_and_travels_with_a_run_whose_profile_asks_for_it(recorded, root):
+    _, run, wanted = recorded
+    assert run.sample is None  # profile x asks for none
+    data_folder = root / "data"
+    drawn = run.generate("The king", 12, root=data_folder)
+    assert drawn == run.generate("The king", 12, root=data_folder) and len(drawn) == 20 and drawn.startswith("The king")
+    assert len({run.generate("The king", 12, seed=seed, root=data_folder) for seed in range(3)}) > 1
+    assert run.generate("The king", 12, temperature=1e-6, step=1, root=data_folder) != drawn
+    with pytest.raises(data.DataError, match="cannot encode '€'"):
+        run.generate("€", 1, root=data_folder)
+    asking = root / "pipelines" / "profiles" / "y.yaml"
+    asking.write_text("profile: y\nsample: 12\nruns: {}\n")
+    travelled = Store("y", root).run(wanted)
+    shutil.rmtree(travelled.weights_folder)
+    assert travelled.sample == drawn
+    with pytest.raises(FileNotFoundError, match="train the run here"):
+        travelled.generate(root=data_folder)
+
+
+def test_what_never_ran_has_not_stayed_stable():
+    runs = [SimpleNamespace(metrics={"excursions": count}) for count in (0, 3)]
+    assert records.excursions(runs) == 3 and records.excursions(runs[:1]) == 0
+    assert records.excursions([]) is None
