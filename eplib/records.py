@@ -160,6 +160,12 @@ class Run:
     def curve(self) -> dict[str, numpy.ndarray]:
         return _columns(self.folder / "curve.csv")
 
+    @cached_property
+    def seconds(self) -> numpy.ndarray | None:
+        """Seconds of each update (steps,) on the machine that trained the run; None where they did not travel with it."""
+        path = self.folder.parents[2] / "machine" / "runs" / self.config.experiment / self.folder.name / "timing.csv"
+        return _columns(path)["seconds"] if path.exists() else None
+
     def model(self, step: int | None = None, root: Path = ROOT / "data") -> EquilibriumModel:
         """The evaluated weights after `step` updates (the last by default), in the run's model.
 

@@ -25,7 +25,7 @@ FIGURES = {
     "campaign": ["F10", "X1"],
     "stability": ["F12", "F13", "F13b", "F14"],
     "cost": ["F15"],
-    "machine": ["F16"],
+    "machine": ["F8c", "F16"],
 }
 TABLES = {
     "gradients": ["T1", "T1_operator", "F1_radius"],

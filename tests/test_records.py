@@ -78,6 +78,9 @@ def test_results_say_nothing_of_time_or_machine(recorded):
     assert machine["sessions"] == 1 and machine["device"] == "cpu" and machine["seconds"] > 0 and machine["processor"]
     words = "".join(path.read_text() for path in run.folder.iterdir())
     assert "seconds" not in words and str(store.root) not in words
+    assert run.seconds.shape == (run.config.steps,) and (run.seconds > 0).all()
+    shutil.rmtree(store.results / "machine")
+    assert store.find(run.config).seconds is None
 
 
 def test_key_order_does_not_matter(root):
