@@ -216,6 +216,16 @@ def test_without_results_the_paper_is_set_and_says_what_is_missing(tree, profile
     assert verify.verify(profile, tree) == (profile != "paper")
 
 
+def test_a_table_or_text_made_from_no_run_is_missing(tree):
+    fill(tree)
+    for name, key, empty in (("mnist", "T3", {"rows": []}), ("shakespeare", "S2", {"texts": []})):
+        path = tree / "results" / "quick" / name / f"{key}.json"
+        common.write_text(path, json.dumps(json.loads(path.read_text()) | empty))
+    claims.write("quick", tree)
+    paper.write("quick", tree)
+    assert paper.missing("quick", tree) == ["table T3", "texts S2"]
+
+
 def test_with_results_nothing_is_missing_and_the_pdf_has_the_same_bytes_each_time(tree):
     fill(tree)
     claims.write("quick", tree)
