@@ -26,7 +26,7 @@ from torch import Tensor
 from .config import configuration
 from .horizons import BPTT, Backprop, ForwardMode, Steps, finite_horizon
 from .models import Backend, EquilibriumModel
-from .solvers import Solution, Solver, Status, norm
+from .solvers import Differences, Solution, Solver, Status, norm
 from .starts import LinearStart
 
 Beta = Annotated[float, Field(gt=0)]
@@ -150,33 +150,92 @@ def _lanes(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
-              cost: int, response: Tensor | None = None) -> tuple[Adjoint, Tensor]:
+              cost: int, response: Tensor | None = None, held: Any = None) -> tuple[Adjoint, Tensor]:
     """Relaxes z_k under F - beta_k g - correction, all as one batch (B, K, ...), and contrasts them: a = -Re sum_k w_k (z_k -
     z*).
 
     nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
     ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's
     own residual, which moves all trajectories alike, drops out. The trajectories start at z* - beta_k response, by default at
-    z*. Returns the final states as well.
+    z*. held: J at z*, where that is what the correction consists of. Returns the final states as well.
     """
     centre = problem.state.unsqueeze(1)  # (B, 1, ...)
-    nudges, weights = _lanes(nudges, problem.state), _lanes(weights, problem.state)
+    factors, shares = _lanes(nudges, problem.state), _lanes(weights, problem.state)
 
     def force(states: Tensor) -> Tensor:
-        push = problem.force(states) - nudges * problem.loss_slope(states)
+        push = problem.force(states) - factors * problem.loss_slope(states)
         return push if correction is None else push - correction(states)
 
     def combine(states: Tensor) -> Tensor:
-        total = (weights * states).sum(1)
+        total = (shares * states).sum(1)
         return total.real if total.is_complex() else total
 
-    start = centre.repeat_interleave(nudges.shape[1], 1).to(nudges.dtype)
+    def residual(push: Tensor, _: Tensor) -> Tensor:
+        return norm(combine(push)) / problem.scale
+
+    start = centre.repeat_interleave(factors.shape[1], 1).to(factors.dtype)
     if response is not None:
-        start = start - nudges * response.unsqueeze(1)
-    phase = solver.solve(force, start, lambda push, _: norm(combine(push)) / problem.scale)
+        start = start - factors * response.unsqueeze(1)
+    if solver.in_kernel and (correction is None or held is not None) and hasattr(held or problem.dynamics, "relax"):
+        # what each trajectory may leave: the contrast adds K of them up, and half of the tolerance is for the slope's change
+        phase = _in_rounds(problem, factors, problem.scale.unsqueeze(1) / (2 * weights.shape[1] * weights.abs()), solver, held,
+                           residual, start)
+    else:
+        phase = solver.solve(force, start, residual)
+        phase = replace(phase, evaluations=phase.evaluations * cost)
     away = phase.value - centre
     displacement = torch.stack([norm(one) for one in away.unbind(1)]).amax(0) / norm(problem.state)
-    return Adjoint(-combine(away), phase, displacement, phase.evaluations * cost), phase.value
+    return Adjoint(-combine(away), phase, displacement, phase.evaluations), phase.value
+
+
+def _in_rounds(problem: Problem, nudges: Tensor, allowed: Tensor, solver: Solver, held: Any,
+               measure: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> Solution:
+    """The nudged phase where the backend has a phase's loop but not the loss: in rounds, Anderson's method over them.
+
+    A round without a correction settles each trajectory under F(z) - F(z*) - beta_k g with the slope g held; one with the
+    correction, of which J at z* is held, solves J^T dz = -F_k for what its force F_k leaves. The forces are relative to that at
+    z*, so the trajectory of beta = 0 rests there. allowed (B, K): what a trajectory may leave, in units of the tolerance.
+    A sample's steps are those of all its rounds.
+    """
+    many, each = states.shape[1], (-1,) + (1,) * (states.dim() - 1)
+    rest, history = problem.force(problem.state).unsqueeze(1), Differences(memory=5)
+    best, lowest = states, torch.full_like(problem.scale, torch.inf)
+    steps, rate = torch.zeros_like(lowest, dtype=torch.long), torch.full_like(lowest, torch.nan)
+    status, evaluations = Status.CONVERGED, 1.0
+    while True:
+        drive = -rest - nudges * problem.loss_slope(states)
+        push = problem.force(states) + drive
+        if held is not None:
+            push = push - _asymmetric(held, states - problem.state.unsqueeze(1))
+        evaluations += many if held is None else 3 * many
+        residual = measure(push, states)
+        better = residual < lowest
+        best, lowest = torch.where(better.view(each), states, best), torch.where(better, residual, lowest)
+        active = (lowest > solver.tol) & (steps < solver.max_steps)
+        if not status.usable or not active.any():
+            break
+        left = solver.limited(solver.max_steps - int(steps[active].min()))
+        scale = torch.where(active.unsqueeze(1), allowed, torch.inf)  # a sample that is done takes one evaluation
+        if held is None:
+            parts = [problem.dynamics.relax(left, (problem.x.unsqueeze(1) + drive).flatten(0, 1), states.flatten(0, 1),
+                                            scale.flatten())]
+            move = parts[0].value.view_as(states) - states
+        else:
+            parts = [held.relax(left, push[:, k], scale[:, k]) for k in range(many)]
+            move = torch.stack([part.value for part in parts], 1)
+        stalled = history.record(states.flatten(1), move.flatten(1), residual).view(each)
+        moved = states + history.step(1.0).view(each) * move
+        if history.length:
+            moved = moved - history.correction(move.flatten(1), 1.0).view_as(states)
+        states = torch.where(stalled, best, moved)
+        evaluations += sum(part.evaluations * len(part.steps) for part in parts) / len(steps)
+        taken, rates = (torch.cat([getattr(part, name).view(len(steps), -1) for part in parts], 1).amax(1)
+                        for name in ("steps", "rate"))
+        steps, rate = steps + torch.where(active, taken.clamp_min(1), 0), torch.where(active, rates, rate)
+        status = max((part.status for part in parts), key=list(Status).index)
+    if status.usable:
+        status = Status.MAX_STEPS if (lowest > solver.tol).any() else Status.CONVERGED
+    return Solution(best, lowest, steps, rate, round(evaluations), status, history.fallbacks)
 
 
 Nudging = Literal["symmetric", "one-sided", "random-sign"]
@@ -232,7 +291,7 @@ class AsymEP:
         points, centre = _points(problem, self.beta, self.nudging), problem.state.unsqueeze(1)
         jacobian = problem.linearise(centre)
         return _contrast(problem, *points, solver, lambda states: _asymmetric(jacobian, states - centre),
-                         cost=3 * points[0].shape[1])[0]
+                         cost=3 * points[0].shape[1], held=jacobian)[0]
 
 
 @configuration

@@ -78,6 +78,7 @@ Tolerance = Annotated[float, Field(ge=0)]
 class _Solver:
     """What the solvers share: the loop, per-sample stopping, and the detection of divergence."""
 
+    in_kernel = False  # whether the compiled kernel has this solver's loop
     latest = False  # whether the last iterate is returned instead of the lowest-residual one
     hindsight = False  # whether an explosion after the best iterate is forgiven
 
@@ -91,13 +92,20 @@ class _Solver:
     def _history(self) -> Any:
         return None
 
+    @torch.no_grad()
     def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
         """The free phase of a block under the clamp x, from `start` (by default the block's)."""
-        return self.solve(lambda z: block(z, x), block.start(x) if start is None else start)
+        start = block.start(x) if start is None else start
+        if self.in_kernel and hasattr(block, "relax"):
+            return block.relax(self, x, start)
+        return self.solve(lambda z: block(z, x), start)
 
+    @torch.no_grad()
     def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
         """The adjoint state of J^T a = -slope, (B, ...), from a = slope, which it is for J = -1; residuals relative to scale
         (B,)."""
+        if self.in_kernel and hasattr(jacobian, "relax"):
+            return jacobian.relax(self, slope, scale)
         return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale)
 
     @torch.no_grad()
@@ -158,6 +166,8 @@ class Relaxation(_Solver):
     max_steps: Count = 64
     tol: Tolerance = 1e-4
 
+    in_kernel = True
+
 
 @configuration
 class Anderson(_Solver):
@@ -174,10 +184,12 @@ class Anderson(_Solver):
     tol: Tolerance = 1e-4
     memory: Count = 5
 
-    def _history(self) -> "_Differences":
-        return _Differences(self.memory)
+    in_kernel = True
 
-    def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "_Differences") -> Tensor:
+    def _history(self) -> "Differences":
+        return Differences(self.memory)
+
+    def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "Differences") -> Tensor:
         lanes = (-1,) + (1,) * (state.dim() - 1)
         stalled = history.record(_flat(state), _flat(push), residual)
         moved = state + history.step(self.step).view(lanes) * push
@@ -238,21 +250,13 @@ class Substitution(Anderson):
     @torch.no_grad()
     def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
         start = block.start(x) if start is None else start
-        if hasattr(block, "substitute"):  # the compiled kernel's own loop
-            return block.substitute(self, x, start)
-        past, parts = block.prefix(), []
+        past, parts = None if hasattr(block, "relax") else block.prefix(), []
         if past is None or self.chunk is None:
             return super().settle(block, x, start)
         for z, drive in zip(start.split(self.chunk, -2), x.split(self.chunk, -2), strict=True):
             parts.append(self.solve(lambda z, drive=drive: past.force(z, drive), z))
             past.extend(parts[-1].value)
         return self._joined(parts)
-
-    @torch.no_grad()
-    def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
-        if hasattr(jacobian, "substitute"):
-            return jacobian.substitute(self, slope, scale)
-        return super().adjoint(jacobian, slope, scale)
 
     @staticmethod
     def _joined(parts: list[Solution]) -> Solution:
@@ -278,7 +282,7 @@ def _like(flat: Tensor, a: Tensor) -> Tensor:
     return torch.view_as_complex(flat.view(*a.shape, 2)) if a.is_complex() else flat.view(a.shape)
 
 
-class _Differences:
+class Differences:
     """The last differences of states and forces of each sample, (B, memory, n) each, in a ring."""
 
     def __init__(self, memory: int):

@@ -172,6 +172,7 @@ class ImageTask:
         if config.batch > count:
             raise ValueError(f"batch {config.batch} exceeds the {count} training images")
         self.config, self.patch, self.count = config, config.data.patch, count
+        self.epoch, self.order = None, None  # a permutation of 60,000 takes as long as a small step's update
         self.train = self._patches(images.train_images[:count]), torch.from_numpy(images.train_labels[:count].copy()).long()
         self.test = self._patches(images.test_images), torch.from_numpy(images.test_labels.copy()).long()
 
@@ -188,9 +189,10 @@ class ImageTask:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         per_epoch = self.count // self.config.batch
         epoch, position = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
-        order = torch.randperm(self.count, generator=generator)
-        chosen = order[position * self.config.batch:(position + 1) * self.config.batch]
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator)
+        chosen = self.order[position * self.config.batch:(position + 1) * self.config.batch]
         return self.train[0][chosen], self.train[1][chosen]
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -94,6 +94,42 @@ def test_substitution_ends_where_pytorch_does(causal, linear, chunk):
             assert close(kept[name], fresh[name], 1e-5), name
 
 
+@pytest.mark.parametrize(("causal", "linear"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("solver", [Relaxation(step=0.6, tol=1e-4), Anderson(step=0.7, tol=1e-4),
+                                    Relaxation(step=0.6, max_steps=3)],
+                         ids=["relaxation", "anderson", "cut short"])
+def test_a_phase_in_the_kernels_own_loop_is_that_of_pytorch(causal, linear, solver):
+    """The same iterates, so the same steps and rates but for rounding near the tolerance."""
+    block, x = system(64, 4, 12, causal, strength=0.4, linear=linear, batch=6)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        ours, theirs = solver.settle(compiled, x), solver.settle(block, x)
+        slope = torch.randn_like(x)
+        pairs = [(ours, theirs), (solver.adjoint(compiled.linearise(ours.value, x), slope, norm(slope)),
+                                  solver.adjoint(block.linearise(ours.value, x), slope, norm(slope)))]
+    for kernel, reference in pairs:
+        assert kernel.status is reference.status
+        assert close(kernel.value, reference.value, 3e-4)
+        assert (kernel.steps - reference.steps).abs().max() <= 1
+        if isinstance(solver, Relaxation):
+            assert torch.allclose(kernel.rate, reference.rate, rtol=0.02)
+            assert abs(kernel.evaluations - reference.evaluations) <= 2  # ours stop sample by sample
+
+
+def test_a_copy_made_for_the_kernel_lives_through_the_call():
+    """Of an input that is not contiguous the kernel is given a copy, which nobody else holds."""
+    block, x = system(batch=64, tokens=16)
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    z = torch.randn_like(x)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        assert not strided.is_contiguous() and torch.equal(compiled(z, strided), compiled(z, x))
+        jacobian, solver = compiled.linearise(z, x), Relaxation(tol=1e-3)
+        slope, scale = torch.randn_like(x), torch.rand(64, 2) + 1
+        found = solver.adjoint(jacobian, slope.transpose(1, 2).contiguous().transpose(1, 2), scale[:, 0])
+        assert torch.equal(found.value, solver.adjoint(jacobian, slope, scale[:, 0].contiguous()).value)
+
+
 def test_the_free_state_brings_its_linearisation():
     block, x = system()
     v = torch.randn_like(x)
@@ -165,6 +201,31 @@ def test_the_gradient_is_that_of_pytorch(estimator):
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     for group, found in agreement(ours.grads, theirs.grads).items():
         assert found.error < 3e-3, group
+
+
+@pytest.mark.parametrize("nudging", ["symmetric", "one-sided", "random-sign"])
+@pytest.mark.parametrize("estimator", [estimators.VectorField, estimators.AsymEP], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("beta", [0.02, 0.2, 2.0])
+@pytest.mark.parametrize("block", [blocks.Thick(causal=False, init=0.3), blocks.LinearAttention(init=0.1)],
+                         ids=lambda b: b.kind)
+def test_a_nudged_phase_in_rounds_ends_where_pytorchs_does(block, beta, estimator, nudging):
+    """Also at a nudge at which the slope moves with the state; the readout is scaled up for that."""
+    torch.manual_seed(0)
+    model = models.Classifier(patch=9, tokens=4, classes=10, width=32, heads=4, block=block)
+    with torch.no_grad():
+        model.readout.weight.mul_(10)
+    inputs, targets = torch.randn(24, 4, 9), torch.randint(10, (24,))
+    nudged = Anderson(step=0.7, tol=2e-3, max_steps=200)
+    found = {backend: eplib.gradient(model, inputs, targets, estimator=estimator(beta=beta, nudging=nudging), backend=backend,
+                                     solver=Anderson(step=0.7, tol=2e-7, max_steps=200), nudged=nudged)
+             for backend in ("compiled", "torch")}
+    ours, theirs = found["compiled"], found["torch"]
+    assert ours.nudged.status is Status.CONVERGED and (ours.nudged.residual <= nudged.tol).all()
+    assert close(ours.adjoint, theirs.adjoint, 1e-2)
+    assert ours.measured["displacement"] == pytest.approx(theirs.measured["displacement"], rel=1e-2)
+    cut = eplib.gradient(model, inputs, targets, estimator=estimator(beta=beta), backend="compiled",
+                         solver=Anderson(step=0.7, tol=2e-7, max_steps=200), nudged=Relaxation(step=0.5, max_steps=2, tol=1e-6))
+    assert cut.nudged.status is Status.MAX_STEPS and (cut.nudged.residual > 1e-3).all()
 
 
 def test_it_refuses_what_it_does_not_compute():

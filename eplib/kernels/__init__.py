@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Attractor, EquilibriumBlock, LinearAttention, Thick
-from ..solvers import Solution, Status, Substitution
+from ..solvers import Relaxation, Solution, Solver, Status, Substitution
 
 SOURCE = Path(__file__).with_name("thick.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
@@ -97,7 +97,7 @@ class _Solver(ctypes.Structure):
 
 MEMORY = 16  # of Anderson, at most
 CHUNK = 2  # tokens that are settled together, where the solver leaves it open
-OUTCOME = 5  # of each sample: squares, allowed (float), evaluations, fallbacks, diverged (int)
+OUTCOME = 6  # of each sample: squares, allowed, rate (float), evaluations, fallbacks, diverged (int)
 
 
 @cache
@@ -110,8 +110,10 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _pointer(a: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(a.data_ptr())
+def _pointer(a: Tensor | None) -> ctypes.c_void_p:
+    pointer = ctypes.c_void_p(None if a is None else a.data_ptr())
+    pointer.tensor = a  # which lives as long as the pointer: it may be a copy that nobody else holds
+    return pointer
 
 
 def _plain(a: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def _plain(a: Tensor) -> Tensor:
 class CompiledBlock:
     """An `EquilibriumBlock` at its present weights, computed by the kernel; graphs are not recorded.
 
-    It has the block's interface: force, `start`, `linearise`, and `substitute` for a whole phase. Raises `KernelError` for a
+    It has the block's interface: force, `start`, `linearise`, and `relax` for a whole phase. Raises `KernelError` for a
     block that the kernel does not know.
     """
 
@@ -153,14 +155,17 @@ class CompiledBlock:
     def start(self, x: Tensor) -> Tensor:
         return self.block.start(x)
 
-    def substitute(self, solver: Substitution, x: Tensor, start: Tensor) -> Solution:
-        """The free phase by substitution; J at its end is at hand for `linearise`."""
+    def relax(self, solver: Solver, x: Tensor, start: Tensor, scale: Tensor | None = None) -> Solution:
+        """A phase under the clamp x by the solver's method, in the kernel's own loop; residuals count in units of ||z||, or of
+        scale (N,). Without a scale it is the free phase, whose J is then at hand for `linearise`."""
         z, x, outcome = _plain(start).clone(), _plain(x), torch.zeros(x.shape[0], OUTCOME, dtype=torch.int32)
         cache = _Storage(self, z)
-        self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver), z.shape[0],
-                                  _pointer(x), _pointer(z), _pointer(outcome), torch.get_num_threads())
-        self.settled = z, CompiledJacobian(self, cache)
-        return _solution(z, outcome, z.flatten(1).norm(dim=1), solver)
+        self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver, z), z.shape[0],
+                                  _pointer(x), _pointer(None if scale is None else _plain(scale)), _pointer(z),
+                                  _pointer(outcome), torch.get_num_threads())
+        if scale is None:
+            self.settled = z, CompiledJacobian(self, cache)
+        return _solution(z, outcome, z.flatten(1).norm(dim=1) if scale is None else scale, solver)
 
     def _evaluate(self, z: Tensor, x: Tensor, linearise: bool) -> tuple[Tensor, "_Storage"]:
         z = _plain(z)
@@ -217,13 +222,14 @@ class CompiledJacobian:
             _pointer(u), _pointer(back), _pointer(to), torch.get_num_threads())
         return to, back
 
-    def substitute(self, solver: Substitution, slope: Tensor, scale: Tensor) -> Solution:
-        """Solves J^T a = -slope, residual relative to scale (B,), by substitution from the last token to the first."""
+    def relax(self, solver: Solver, slope: Tensor, scale: Tensor) -> Solution:
+        """Solves J^T a = -slope from a = slope, residual relative to scale (B,), by the solver's method in the kernel's own
+        loop; substitution goes from the last token to the first."""
         a = _plain(slope).clone()
         outcome, back = torch.zeros(a.shape[0], OUTCOME, dtype=torch.int32), torch.empty(*a.shape[:-1], self.columns)
         sent = torch.zeros(*a.shape[:-1], 2 * self.compiled.width)
         self.compiled.library.eplib_adjoint(
-            self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, _settings(solver), a.shape[0],
+            self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, _settings(solver, a), a.shape[0],
             _pointer(_plain(slope)), _pointer(_plain(scale)), _pointer(a), _pointer(back), _pointer(sent), _pointer(outcome),
             torch.get_num_threads())
         self.solved = a, back
@@ -243,19 +249,23 @@ class CompiledJacobian:
         return found | {"layers.wo.weight": out[:, :width], "layers.w2.weight": out[:, width:]}, u
 
 
-def _settings(solver: Substitution) -> Any:
-    if solver.memory > MEMORY:
-        raise KernelError(f"the compiled kernel keeps at most {MEMORY} differences, got memory={solver.memory}; choose fewer")
-    return ctypes.byref(_Solver(solver.chunk or CHUNK, solver.max_steps, solver.memory, solver.step, solver.tol))
+def _settings(solver: Solver, z: Tensor) -> Any:
+    """The solver for states (N, T, C): Anderson's method on a few tokens or on all, without memory plain relaxation."""
+    memory = 0 if isinstance(solver, Relaxation) else solver.memory
+    if memory > MEMORY:
+        raise KernelError(f"the compiled kernel keeps at most {MEMORY} differences, got memory={memory}; choose fewer")
+    chunk = solver.chunk or CHUNK if isinstance(solver, Substitution) else z.shape[-2]
+    return ctypes.byref(_Solver(chunk, solver.max_steps, memory, solver.step, solver.tol))
 
 
-def _solution(value: Tensor, outcome: Tensor, unit: Tensor, solver: Substitution) -> Solution:
-    squares = outcome[:, 0].view(torch.float32)
+def _solution(value: Tensor, outcome: Tensor, unit: Tensor, solver: Solver) -> Solution:
+    squares, _, rate = outcome[:, :3].view(torch.float32).unbind(1)
+    taken, fallbacks, diverged = outcome[:, 3:].unbind(1)
     residual = squares.sqrt() / unit
-    worst = int(outcome[:, 4].max())
-    status = {1: Status.DIVERGED, 2: Status.NONFINITE}.get(worst) or (
+    status = {1: Status.DIVERGED, 2: Status.NONFINITE}.get(int(diverged.max())) or (
         Status.MAX_STEPS if (residual > solver.tol).any() else Status.CONVERGED)
     tokens = value.shape[-2]
-    steps = -(-outcome[:, 2] // tokens)  # evaluations of the whole sample, rounded up
-    evaluations = -(-int(outcome[:, 2].sum()) // (tokens * len(outcome)))
-    return Solution(value, residual, steps.long(), residual * torch.nan, evaluations, status, int((outcome[:, 3] > 0).sum()))
+    steps = (-(-taken // tokens) - 1).clamp(0, solver.max_steps)  # of the whole sample, rounded up; the last is the check
+    evaluations = -(-int(taken.sum()) // (tokens * len(taken)))
+    return Solution(value, residual, steps.long(), torch.where(rate > 0, rate, torch.nan), evaluations, status,
+                    int((fallbacks > 0).sum()))

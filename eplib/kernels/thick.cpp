@@ -8,7 +8,7 @@
 // features phi(h) = elu(h) + 1 of queries and keys its weights are phi(q) phi(k), shared out. Tokens are the rows of small matrices whose products run in registers.
 // `Free` and `Adjoint` solve by substitution: a unit of `chunk` tokens is taken to its fixed point by Anderson's method with
 // everything it depends on already settled, tokens before it in the free phase, tokens after it in the adjoint. A non-causal
-// block is one unit. Every row is summed in the same order whatever its neighbours, so results do not depend on threads.
+// block is one unit; without memory the method is plain relaxation. Every row is summed in the same order whatever its neighbours, so results do not depend on threads.
 //
 // Vectors are the compiler's own (vector_size), as wide as the target it compiles for.
 #include <algorithm>
@@ -116,6 +116,7 @@ struct Solver {
 // Sums of one sample over its tokens, as the solves return them.
 struct Outcome {
     float squares, allowed;  // of the force: what it has, and what its settled tokens were allowed
+    float rate;              // the last ratio of successive residuals, the largest of its units; 0 before there is one
     int evaluations, fallbacks, diverged;  // of tokens; of units; 1 grown a thousandfold, 2 not finite
 };
 
@@ -547,14 +548,20 @@ struct Differences {
     }
 };
 
-// The free phase, first token to last: F(z) = 0 with the tokens before the unit settled.
+// What a unit may leave of a residual that counts in units of scale (samples).
+static float portion(const Pass &pass, const Pass::Row &row, int size, const float *scale, float tol) {
+    return tol * scale[row.sample] * std::sqrt(float(size) / (pass.T * pass.C));
+}
+
+// The free phase, first token to last: F(z) = 0 with the tokens before the unit settled. A residual counts in units of |z|, or
+// of scale (samples) if that is given.
 struct Free {
     static constexpr bool backwards = false;
-    const float *clamp;
+    const float *clamp, *scale;
     float *state;
 
-    float limit(const Pass &, const Pass::Row &, int size, const float *z, float tol) const {
-        return tol * std::sqrt(dot(size, z, z));
+    float limit(const Pass &pass, const Pass::Row &row, int size, const float *z, float tol) const {
+        return scale ? portion(pass, row, size, scale, tol) : tol * std::sqrt(dot(size, z, z));
     }
     void evaluate(Pass &pass, const std::vector<Pass::Row> &rows, const std::vector<int> &) const {
         pass.force(rows, [&](int i) { return state + pass.place(rows[i]) * pass.C; },
@@ -573,7 +580,7 @@ struct Adjoint {
     float *state, *back, *sent;
 
     float limit(const Pass &pass, const Pass::Row &row, int size, const float *, float tol) const {
-        return tol * scale[row.sample] * std::sqrt(float(size) / (pass.T * pass.C));
+        return portion(pass, row, size, scale, tol);
     }
     void evaluate(Pass &pass, const std::vector<Pass::Row> &rows, const std::vector<int> &first) const {
         const int C = pass.C;
@@ -599,14 +606,14 @@ struct Adjoint {
 
 struct Unit {
     int sample = 0, first = 0, rows = 0, steps = 0;
-    float lowest = INFINITY, start = 0, bound = 0, step = 0;
+    float lowest = INFINITY, start = 0, bound = 0, step = 0, previous = 0, rate = 0;
     bool plain = false, last = false;
     Differences history;
     std::vector<float> best;
     Unit(int size, int memory) : history(size, memory), best(size) {}
 
     void begin(int at, int tokens, int width, float size) {
-        first = at, rows = tokens, steps = 0, lowest = INFINITY, plain = last = false, step = size;
+        first = at, rows = tokens, steps = 0, lowest = INFINITY, previous = rate = 0, plain = last = false, step = size;
         history.begin(tokens * width);
     }
 };
@@ -660,6 +667,10 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
                 const float own = phase.limit(pass, rows[begin], size, z, solver.tol), share = own * own;
                 const float allowed = std::min(4 * share, sum.allowed + share - sum.squares);
                 if (!unit.steps) unit.start = residual, unit.bound = GROWTH * std::max(norm, std::sqrt(float(size)));
+                if (!unit.last) {
+                    if (unit.previous > 0) unit.rate = residual / unit.previous;
+                    unit.previous = residual;
+                }
                 bool alive = true;
                 const bool broken = !std::isfinite(residual);
                 if (broken || norm > unit.bound || residual > GROWTH * std::max(unit.start, norm)) {
@@ -669,7 +680,7 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
                     alive = take(unit);
                 } else if (unit.last || residual * residual <= allowed
                            || (unit.steps == solver.max_steps && residual <= unit.lowest)) {
-                    sum.squares += residual * residual, sum.allowed += share;
+                    sum.squares += residual * residual, sum.allowed += share, sum.rate = std::max(sum.rate, unit.rate);
                     phase.settle(pass, rows, begin, row);
                     alive = onward(unit);
                 } else {
@@ -681,13 +692,13 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
                     if (unit.steps == solver.max_steps) {  // out of steps: back to the best state, for its force and cache
                         unit.last = true;
                         std::copy_n(unit.best.begin(), size, z);
-                    } else if (residual > STALL * unit.lowest) {  // plain from here on, at half the step each time
+                    } else if (solver.memory && residual > STALL * unit.lowest) {  // plain from here on, at half the step each time
                         sum.fallbacks += !unit.plain;
                         unit.plain = true, unit.step /= 2;
                         unit.history.forget();
                         std::copy_n(unit.best.begin(), size, z);
                     } else {
-                        if (!unit.plain) unit.history.record(z, push);
+                        if (solver.memory && !unit.plain) unit.history.record(z, push);
                         unit.history.move(z, push, unit.step);
                     }
                     unit.steps++;
@@ -779,8 +790,8 @@ void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, i
 
 // From the start states in z (samples, T, C) to the fixed points, with their linearisation in the cache.
 void eplib_settle(const Shape *s, const float *packed, const Cache *cache, const Solver *solver, int samples, const float *x,
-                  float *z, Outcome *outcome, int threads) {
-    substitute(*s, Packed(*s, packed), *cache, *solver, Free{x, z}, samples, outcome, threads);
+                  const float *scale, float *z, Outcome *outcome, int threads) {
+    substitute(*s, Packed(*s, packed), *cache, *solver, Free{x, scale, z}, samples, outcome, threads);
 }
 
 // From the start in a (samples, T, C) to J^T a = -g; a unit's residual counts in units of scale (samples) shared out by its
