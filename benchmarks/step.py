@@ -29,11 +29,12 @@ import eplib
 from eplib import kernels
 from eplib.blocks import EquilibriumBlock, Feedforward
 from eplib.calculus import AutomaticSlope
+from eplib.config import digest, plain
 from eplib.controllers import ContractionRate
 from eplib.diagnostics import LiveBytes, agreement, without_readout
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
 from eplib.models import EquilibriumModel
-from eplib.records import ROOT, configurations, machine
+from eplib.records import ROOT, configurations, machine, source_digest
 from eplib.solvers import Anderson, Relaxation, Substitution, norm
 from eplib.spectra import contraction_rate
 from eplib.starts import LinearStart
@@ -77,7 +78,8 @@ def run_config(size: str) -> RunConfig:
 def points(size: str) -> list[Point]:
     """The initial and the trained model of a size; training is resumed or skipped where it was done before."""
     config, batch = run_config(size), SIZES[size][2]
-    trainer = Trainer(config, ROOT / "checkpoints" / "bench" / size, ROOT / "data", backend=fastest())
+    folder = ROOT / "checkpoints" / "bench" / source_digest() / f"{size}-{digest(plain(config))}"
+    trainer = Trainer(config, folder, ROOT / "data", backend=fastest())
     trainer.advance()
     return points_of(replace(config, batch=batch), deepcopy(trainer.average).requires_grad_())
 
@@ -148,7 +150,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
 
         return step
 
-    warm, cold = Tracking(beta=1.0, held=True, warm=True), Tracking(beta=1.0, held=True)
+    warm, cold = Tracking(beta=1.0, held=True, warm=True), AsymEP(beta=1.0)
     found = {"backprop": ep(point.twin, estimator=Backprop(), **euler)}
     for name in dict.fromkeys([backend, "torch"]):
         chosen = (fast if name == "compiled" else plain) | {"backend": name, "start": LinearStart(refresh=10**6)}
