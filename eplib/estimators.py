@@ -176,10 +176,11 @@ def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver,
     start = centre.repeat_interleave(factors.shape[1], 1).to(factors.dtype)
     if response is not None:
         start = start - factors * response.unsqueeze(1)
-    if solver.in_kernel and (correction is None or held is not None) and hasattr(held or problem.dynamics, "relax"):
+    own_loop = solver.in_kernel and response is None and hasattr(held or problem.dynamics, "relax")
+    if own_loop and (correction is None or held is not None):
         # what each trajectory may leave: the contrast adds K of them up, and half of the tolerance is for the slope's change
-        phase = _in_rounds(problem, factors, problem.scale.unsqueeze(1) / (2 * weights.shape[1] * weights.abs()), solver, held,
-                           residual, start)
+        allowed = problem.scale.unsqueeze(1) / (2 * weights.shape[1] * weights.abs())
+        phase = _in_rounds(problem, solver, factors, allowed, held, residual)
     else:
         phase = solver.solve(force, start, residual)
         phase = replace(phase, evaluations=phase.evaluations * cost)
@@ -188,51 +189,52 @@ def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver,
     return Adjoint(-combine(away), phase, displacement, phase.evaluations), phase.value
 
 
-def _in_rounds(problem: Problem, nudges: Tensor, allowed: Tensor, solver: Solver, held: Any,
-               measure: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> Solution:
-    """The nudged phase where the backend has a phase's loop but not the loss: in rounds, Anderson's method over them.
+def _in_rounds(problem: Problem, solver: Solver, nudges: Tensor, allowed: Tensor, held: Any,
+               measure: Callable[[Tensor, Tensor], Tensor]) -> Solution:
+    """The nudged phase from z*, where the backend has a phase's loop but not the loss: in rounds, Anderson's method over them.
 
     A round without a correction settles each trajectory under F(z) - F(z*) - beta_k g with the slope g held; one with the
     correction, of which J at z* is held, solves J^T dz = -F_k for what its force F_k leaves. The forces are relative to that at
     z*, so the trajectory of beta = 0 rests there. allowed (B, K): what a trajectory may leave, in units of the tolerance.
-    A sample's steps are those of all its rounds.
+    A sample's steps are those of all its rounds; it begins no other once they have reached `max_steps`.
     """
-    many, each = states.shape[1], (-1,) + (1,) * (states.dim() - 1)
-    rest, history = problem.force(problem.state).unsqueeze(1), Differences(memory=5)
-    best, lowest = states, torch.full_like(problem.scale, torch.inf)
-    steps, rate = torch.zeros_like(lowest, dtype=torch.long), torch.full_like(lowest, torch.nan)
-    status, evaluations = Status.CONVERGED, 1.0
+    many, each = allowed.shape[1], (-1,) + (1,) * problem.state.dim()
+    centre, rest = problem.state.unsqueeze(1), problem.force(problem.state).unsqueeze(1)
+    states = best = centre.repeat_interleave(many, 1)
+    slope = problem.slope.unsqueeze(1)
+    push, history = -nudges * slope.expand_as(states), Differences(memory=5)
+    lowest, rate = torch.full_like(problem.scale, torch.inf), torch.full_like(problem.scale, torch.nan)
+    steps, evaluations, status = torch.zeros_like(lowest, dtype=torch.long), 1.0, Status.CONVERGED
     while True:
-        drive = -rest - nudges * problem.loss_slope(states)
-        push = problem.force(states) + drive
-        if held is not None:
-            push = push - _asymmetric(held, states - problem.state.unsqueeze(1))
-        evaluations += many if held is None else 3 * many
         residual = measure(push, states)
         better = residual < lowest
         best, lowest = torch.where(better.view(each), states, best), torch.where(better, residual, lowest)
         active = (lowest > solver.tol) & (steps < solver.max_steps)
         if not status.usable or not active.any():
             break
-        left = solver.limited(solver.max_steps - int(steps[active].min()))
         scale = torch.where(active.unsqueeze(1), allowed, torch.inf)  # a sample that is done takes one evaluation
         if held is None:
-            parts = [problem.dynamics.relax(left, (problem.x.unsqueeze(1) + drive).flatten(0, 1), states.flatten(0, 1),
-                                            scale.flatten())]
+            clamp = problem.x.unsqueeze(1) - rest - nudges * slope
+            parts = [problem.dynamics.relax(solver, clamp.flatten(0, 1), states.flatten(0, 1), scale.flatten())]
             move = parts[0].value.view_as(states) - states
         else:
-            parts = [held.relax(left, push[:, k], scale[:, k]) for k in range(many)]
+            parts = [held.relax(solver, push[:, k], scale[:, k]) for k in range(many)]
             move = torch.stack([part.value for part in parts], 1)
         stalled = history.record(states.flatten(1), move.flatten(1), residual).view(each)
         moved = states + history.step(1.0).view(each) * move
         if history.length:
             moved = moved - history.correction(move.flatten(1), 1.0).view_as(states)
         states = torch.where(stalled, best, moved)
-        evaluations += sum(part.evaluations * len(part.steps) for part in parts) / len(steps)
         taken, rates = (torch.cat([getattr(part, name).view(len(steps), -1) for part in parts], 1).amax(1)
                         for name in ("steps", "rate"))
         steps, rate = steps + torch.where(active, taken.clamp_min(1), 0), torch.where(active, rates, rate)
         status = max((part.status for part in parts), key=list(Status).index)
+        slope = problem.loss_slope(states)
+        push = problem.force(states) - rest - nudges * slope
+        if held is not None:
+            push = push - _asymmetric(held, states - centre)
+        evaluations += sum(part.evaluations * len(part.steps) for part in parts) / len(steps)
+        evaluations += many if held is None else 3 * many
     if status.usable:
         status = Status.MAX_STEPS if (lowest > solver.tol).any() else Status.CONVERGED
     return Solution(best, lowest, steps, rate, round(evaluations), status, history.fallbacks)

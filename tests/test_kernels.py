@@ -228,6 +228,27 @@ def test_a_nudged_phase_in_rounds_ends_where_pytorchs_does(block, beta, estimato
     assert cut.nudged.status is Status.MAX_STEPS and (cut.nudged.residual > 1e-3).all()
 
 
+@pytest.mark.parametrize("estimator", [estimators.VectorField(beta=0.5), estimators.AsymEP(beta=0.5)], ids=lambda e: e.kind)
+def test_rounds_of_one_sample_do_not_depend_on_its_neighbours(estimator):
+    """Also where some samples run out of steps."""
+    torch.manual_seed(0)
+    model = models.Classifier(patch=9, tokens=4, classes=10, width=32, heads=4, block=blocks.Thick(causal=False, init=0.3))
+    with torch.no_grad():
+        model.readout.weight.mul_(10)
+    inputs, targets = torch.randn(12, 4, 9), torch.randint(10, (12,))
+
+    def found(chosen):
+        report = eplib.gradient(model, inputs[chosen], targets[chosen], estimator=estimator, backend="compiled",
+                                solver=Anderson(step=0.7, tol=1e-6), nudged=Relaxation(step=0.6, max_steps=11, tol=1e-2))
+        return report.adjoint, report.nudged.steps
+
+    states, steps = found(torch.arange(12))
+    assert steps.min() < 11 <= steps.max()
+    for sample in (int(steps.argmin()), int(steps.argmax())):
+        alone, taken = found(torch.tensor([sample]))
+        assert taken[0] == steps[sample] and close(alone[0], states[sample], 5e-3)
+
+
 def test_it_refuses_what_it_does_not_compute():
     block, x = system()
     with pytest.raises(kernels.KernelError, match="float32"):
