@@ -55,9 +55,6 @@ def steps(scratch: Path) -> list[list[str]]:
     return [
         ["git", "init", "--quiet"],
         [python, "-m", "pipelines.stages", "--write", "--profile", "smoke"],
-        [python, "-m", "dvc", "repro", "data"],
-        # All toy runs in one pool, which the training stages then find recorded: ten pools would mostly import PyTorch.
-        [python, "-m", "pipelines.train", "--profile", "smoke"],
         [python, "-m", "dvc", "repro"],
         [python, "-m", "pipelines.verify", "--profile", "smoke"],
     ]

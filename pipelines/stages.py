@@ -5,9 +5,9 @@
     python -m pipelines.stages --write --profile P  write dvc.yaml for profile P (as the smoke run does in its scratch)
     python -m pipelines.stages --profile P --notebook NAME    check only the stages of one notebook
 
-Stages: data -> train-<experiment> -> source-<notebook> -> notebook-<notebook> -> claims -> paper, report. The paper
-profile has no data and no training stage: its runs take hours, on any machine, by `python -m pipelines.train --profile
-paper`, and are kept in git.
+Stages: data -> train-<experiment> -> source-<notebook> -> notebook-<notebook> -> claims -> paper, report. A profile may
+train all its experiments in one stage, `train`. The paper profile has no data and no training stage: its runs take
+hours, on any machine, by `python -m pipelines.train --profile paper`, and are kept in git.
 
 DVC does not see imports, so each stage declares the modules of this repository that its code imports, found by reading
 the code. The stage source-<notebook> depends on the cells' sources as DVC parameters of the .ipynb file, not on its
@@ -166,12 +166,15 @@ def build(profile: str, root: Path = ROOT) -> dict[str, Any]:
             # The raw files are checked by their SHA-256 at every read; a copy in the cache would only double them.
             "outs": [{"data/raw/mnist": {"cache": False, "persist": True}}, "data/prepared"],
         }
-        for group in groups:
-            stages[f"train-{group}"] = {
-                "cmd": f"python -m pipelines.train --profile {profile} --experiment {group}",
+        together = {"train": ("", groups)} if groups else {}
+        apart = {f"train-{group}": (f" --experiment {group}", [group]) for group in groups}
+        keys = ["stale"] if "stale" in settings else []
+        for stage, (chosen, trained) in (together if settings.get("together") else apart).items():
+            stages[stage] = {
+                "cmd": f"python -m pipelines.train --profile {profile}{chosen}",
                 "deps": ["data/prepared", "data/raw/mnist", *modules("pipelines.train")],
-                "params": [{values: Flow([f"runs.{group}", *(["stale"] if "stale" in settings else [])])}],
-                "outs": [out(f"{results}/{kind}/{group}", persist=True) for kind in ("runs", "weights")],
+                "params": [{values: Flow([*(f"runs.{group}" for group in trained), *keys])}],
+                "outs": [out(f"{results}/{kind}/{group}", persist=True) for group in trained for kind in ("runs", "weights")],
             }
     planned = {*groups, *(settings.get("notebooks") or {})}
     names = [name for name in notebook_names(root) if name in planned]  # a profile may leave out an experiment

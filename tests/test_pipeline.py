@@ -231,6 +231,17 @@ def test_every_stage_declares_the_modules_its_code_loads():
         assert files <= set(made[f"notebook-{name}"]["deps"]), name
 
 
+def test_training_together_makes_what_training_apart_does():
+    """The smoke profile trains in one stage; what its notebooks read must come out of that."""
+    made, settings = stages.build("smoke")["stages"], common.load_profile("smoke")
+    assert settings["together"] and not any(name.startswith("train-") for name in made)
+    trained = {path for entry in made["train"]["outs"] for path in entry}
+    assert trained == {f"results/smoke/{kind}/{group}" for kind in ("runs", "weights") for group in settings["runs"]}
+    read = {path for stage in made.values() for path in stage.get("deps", ()) if path.startswith(("results/smoke/runs/",
+                                                                                                  "results/smoke/weights/"))}
+    assert read <= trained
+
+
 def test_imports_are_found_in_every_form(tmp_path):
     package = tmp_path / "eplib"
     package.mkdir()
