@@ -392,7 +392,8 @@ def load_profile(profile: str, root: Path = ROOT) -> dict:
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigurationError(f"there is no profile {profile!r}; there are: {known}")
-    return yaml.safe_load(path.read_text())
+    # The compiled loader where PyYAML has it: ten times as fast, and every worker and notebook reads a profile.
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[RunConfig]:

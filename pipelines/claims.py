@@ -20,9 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, read_json, write_text
+from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, load_yaml, read_json, write_text
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "fails", "not decided", "not decided (missing)"
 TESTS = {
@@ -39,7 +37,7 @@ REQUIRED, OPTIONAL = {"id", "text", "value", "holds", "decided_at"}, {"unit"}
 def load(root: Path = ROOT) -> list[dict[str, Any]]:
     """The claims of paper/claims.yaml; raises PipelineError that names the claim and the key for anything not
     described above."""
-    claims = yaml.safe_load((root / "paper" / "claims.yaml").read_text(encoding="utf-8")) or []
+    claims = load_yaml(root / "paper" / "claims.yaml") or []
     seen: set[str] = set()
     for claim in claims:
         where = f"paper/claims.yaml, claim {claim.get('id', '?')!r}"

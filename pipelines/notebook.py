@@ -27,7 +27,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, read_json, write_text
+from pipelines.common import (
+    ROOT,
+    PipelineError,
+    dumps,
+    load_profile,
+    notebook_format,
+    notebook_names,
+    read_json,
+    write_text,
+)
 
 ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}")
 METADATA = {
@@ -297,8 +306,7 @@ def set_aside(folders: list[Path]) -> Iterator[None]:
 
 def to_nbformat(source: dict[str, Any]) -> Any:
     """A fresh notebook made of the normalised copy."""
-    from nbformat import v4
-
+    v4 = notebook_format().v4
     new = {"code": v4.new_code_cell, "markdown": v4.new_markdown_cell, "raw": v4.new_raw_cell}
     cells = [
         new[cell["cell_type"]](cell["source"], metadata={"tags": cell.get("tags", [])}) for cell in source["cells"]
@@ -343,6 +351,7 @@ def settle(notebook: Any) -> str:
 def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> tuple[dict[str, Any], str | None]:
     """Execute the normalised copy in a kernel of this interpreter; returns the executed notebook and, if a cell
     failed, which and how."""
+    fresh = to_nbformat(source)
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -353,7 +362,7 @@ def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> t
     failure = None
     try:
         execute_notebook(
-            to_nbformat(source),
+            fresh,
             str(output),
             parameters,
             kernel_name="python3",

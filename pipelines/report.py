@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import claims, paper
-from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, notebook_names, write_text
+from pipelines.common import (
+    ROOT,
+    PipelineError,
+    dumps,
+    for_profile,
+    load_profile,
+    notebook_format,
+    notebook_names,
+    write_text,
+)
 
 STYLE = """
 :root { color-scheme: light; }
@@ -94,7 +103,7 @@ def page(title: str, body: str, profile: str) -> str:
 
 def notebook_page(path: Path, profile: str) -> str:
     """An executed notebook as an HTML page."""
-    import nbformat
+    nbformat = notebook_format()
     from nbconvert import HTMLExporter
 
     notebook = nbformat.read(path, as_version=4)

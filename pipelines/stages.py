@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from pipelines import notebook
-from pipelines.common import ROOT, PipelineError, load_profile, notebook_names, write_text
+from pipelines.common import ROOT, PipelineError, load_profile, load_yaml, notebook_names, write_text
 
 PACKAGES = ("benchmarks", "eplib", "pipelines")
 DATA = "mnist plays-chars plays-bpe1024"
@@ -96,9 +96,10 @@ def imports(tree: ast.Module, package: str | None, root: Path) -> set[str]:
     return found
 
 
-def closure(start: Iterable[str], root: Path) -> list[str]:
+def closure(start: Iterable[str], root: Path, read: dict[Path, set[str]] | None = None) -> list[str]:
     """Paths of the given modules, of all modules of this repository they import, directly or not, and of the C++ sources that
-    lie in a package among them, sorted."""
+    lie in a package among them, sorted. `read` keeps what each file imports for the next call."""
+    read = {} if read is None else read
     todo, files = set(start), {}
     while todo:
         dotted = todo.pop()
@@ -107,7 +108,9 @@ def closure(start: Iterable[str], root: Path) -> list[str]:
             continue
         package = dotted if path.name == "__init__.py" else dotted.rpartition(".")[0]
         files[path] = dotted
-        todo |= imports(ast.parse(path.read_text(encoding="utf-8")), package, root)
+        if path not in read:
+            read[path] = imports(ast.parse(path.read_text(encoding="utf-8")), package, root)
+        todo |= read[path]
         todo |= {dotted.rpartition(".")[0]} - {""}
     compiled = [source for path in files if path.name == "__init__.py" for source in path.parent.glob("*.cpp")]
     return sorted(str(path.relative_to(root)) for path in [*files, *compiled])
@@ -154,8 +157,10 @@ def build(profile: str, root: Path = ROOT) -> dict[str, Any]:
         flags = {"cache": False, **flags} if in_git else flags
         return {path: flags} if flags else path
 
+    read: dict[Path, set[str]] = {}
+
     def modules(*start: str) -> list[str]:
-        return closure(start, root)
+        return closure(start, root, read)
 
     stages: dict[str, Any] = {}
     if not in_git:
@@ -274,7 +279,7 @@ def check_notebook(name: str, profile: str, root: Path = ROOT) -> None:
     """Raise PipelineError if the pipeline file of `profile` describes an older version of the notebook's cells or
     imports."""
     path = root / pipeline_path(profile)
-    kept = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
+    kept = load_yaml(path)["stages"] if path.is_file() else {}
     made = build(profile, root)["stages"]
     for stage in (f"source-{name}", f"notebook-{name}"):
         if stage in kept and kept[stage]["cmd"] == made[stage]["cmd"] and kept[stage] != made[stage]:

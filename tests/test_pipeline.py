@@ -242,6 +242,14 @@ def test_training_together_makes_what_training_apart_does():
     assert read <= trained
 
 
+def test_starting_a_notebook_stage_builds_no_grammars():
+    """rfc3987_syntax would build 38 of them at import, with lark: seconds, in every stage."""
+    code = ("import sys\nfrom pipelines import notebook\nnotebook.to_nbformat({'cells': []})\n"
+            "import papermill, nbconvert\nprint('lark' in sys.modules, 'jsonschema' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 def test_imports_are_found_in_every_form(tmp_path):
     package = tmp_path / "eplib"
     package.mkdir()
