@@ -190,18 +190,32 @@ class Prefix:
         _, self.keys, self.values = self._heads(z)
 
 
-class AttentionSlope:
+class Kept:
+    """The last backward pass of a derivative, so that contracting the adjoint state of the solve's last product costs no new
+    one. Subclasses have `_backward(u)`."""
+
+    last: tuple[Tensor, Tensor] | None = None
+
+    def _back(self, u: Tensor) -> Tensor:
+        if self.last is None or self.last[0] is not u:
+            self.last = u, self._backward(u)
+        return self.last[1]
+
+
+class AttentionSlope(Kept):
     """Derivative of n -> Attn(n * gain + bias) at a standardised state n (..., T, C), everything direction-independent
     cached."""
 
     def __init__(self, layers: Sublayers, n: Tensor):
         self.layers, self.n = layers, n
         self.a = n * layers.ln1.weight + layers.ln1.bias
-        q, k, self.v = (split_heads(part, layers.heads) for part in layers.qkv(self.a).chunk(3, -1))
+        # contiguous once, as every product with them would make them
+        q, k, self.v = (split_heads(part, layers.heads).contiguous() for part in layers.qkv(self.a).chunk(3, -1))
         self.q_inverse = self.k_inverse = None
         if layers.qk_norm:
             (q, self.q_inverse), (k, self.k_inverse) = unit_rms(q), unit_rms(k)
-        self.q, self.k, self.scale = q, k, 1 / math.sqrt(q.shape[-1])
+        scale = 1 / math.sqrt(q.shape[-1])
+        self.q, self.k, self.q_scaled, self.k_scaled = q, k, scale * q, scale * k  # so that no (T, T) array is scaled
         self.weights = attention_weights(q, k, layers.causal)
         self.mixed = self.weights @ self.v  # (..., H, T, D)
 
@@ -210,7 +224,7 @@ class AttentionSlope:
         dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
         if layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
-        ds = self.weights * ((dq @ self.k.mT + self.q @ dk.mT) * self.scale)  # (..., H, T, T)
+        ds = self.weights * (dq @ self.k_scaled.mT + self.q_scaled @ dk.mT)  # (..., H, T, T)
         # the softmax's slope is ds - weights * rowsum(ds), and weights @ v is known
         return layers.wo(merge_heads(ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + self.weights @ dv))
 
@@ -220,18 +234,18 @@ class AttentionSlope:
         dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
         if layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
-        ds = self.weights * ((dq @ self.k.mT) * self.scale)  # its query meets all keys
+        ds = self.weights * (dq @ self.k_scaled.mT)  # its query meets all keys
         own = self.weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # (..., H, T, 1): its key and value meet its own query
-        shift = own * (self.q * dk).sum(-1, keepdim=True) * self.scale
+        shift = own * (self.q_scaled * dk).sum(-1, keepdim=True)
         moved = ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + shift * (self.v - self.mixed) + own * dv
         return layers.wo(merge_heads(moved))
 
-    def _back(self, u: Tensor) -> Tensor:
+    def _backward(self, u: Tensor) -> Tensor:
         """From the output back to q, k, v side by side: (..., T, C) -> (..., T, 3 C)."""
         do = split_heads(u @ self.layers.wo.weight, self.layers.heads)  # (..., H, T, D)
         # rowsum(weights * (do v^T)) = <do, mixed>, a sum over D instead of T
-        ds = self.weights * (do @ self.v.mT - (do * self.mixed).sum(-1, keepdim=True)) * self.scale  # (..., H, T, T)
-        dq, dk, dv = ds @ self.k, ds.mT @ self.q, self.weights.mT @ do
+        ds = (do @ self.v.mT).sub_((do * self.mixed).sum(-1, keepdim=True)).mul_(self.weights)  # (..., H, T, T)
+        dq, dk, dv = ds @ self.k_scaled, ds.mT @ self.q_scaled, self.weights.mT @ do
         if self.layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
         return torch.cat([merge_heads(part) for part in (dq, dk, dv)], -1)
@@ -282,7 +296,7 @@ class LinearAttentionSlope(AttentionSlope):
         down = (dq * self.total).sum(-1, keepdim=True) + met
         return self.layers.wo(merge_heads((up - down * self.mixed) * self.inverse))
 
-    def _back(self, u: Tensor) -> Tensor:
+    def _backward(self, u: Tensor) -> Tensor:
         up = split_heads(u @ self.layers.wo.weight, self.layers.heads) * self.inverse
         down = -(up * self.mixed).sum(-1, keepdim=True)
         memory, total = self.q.mT @ up, (self.q * down).sum(-2, keepdim=True)  # back to M and s
@@ -291,7 +305,7 @@ class LinearAttentionSlope(AttentionSlope):
         return torch.cat([merge_heads(part) for part in (dq, dk, self.k @ memory)], -1)
 
 
-class NetworkSlope:
+class NetworkSlope(Kept):
     """Derivative of n -> FFN(n * gain + bias) at a standardised state n (..., T, C)."""
 
     def __init__(self, layers: Sublayers, n: Tensor):
@@ -302,11 +316,14 @@ class NetworkSlope:
     def product(self, dn: Tensor) -> Tensor:
         return self.layers.w2(self.layers.w1(dn * self.layers.ln2.weight) * self.slope)
 
+    def _backward(self, u: Tensor) -> Tensor:
+        return (u @ self.layers.w2.weight).mul_(self.slope)
+
     def transposed(self, u: Tensor) -> Tensor:
-        return ((u @ self.layers.w2.weight) * self.slope) @ self.layers.w1.weight * self.layers.ln2.weight
+        return self._back(u) @ self.layers.w1.weight * self.layers.ln2.weight
 
     def contract(self, u: Tensor) -> dict[str, Tensor]:
-        dh = (u @ self.layers.w2.weight) * self.slope
+        dh = self._back(u)
         da = dh @ self.layers.w1.weight
         return {"ln2.weight": positions(da * self.n), "ln2.bias": positions(da),
                 "w1.weight": outer(dh, self.n * self.layers.ln2.weight + self.layers.ln2.bias),

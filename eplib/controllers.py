@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .config import configuration
-from .estimators import Problem
+from .contrast import Problem
 from .solvers import norm
 
 GRAPH = 6  # force evaluations that a linearisation, a product and the backward pass through both cost

@@ -13,10 +13,7 @@ and the forward mode, which are there to be compared with.
 """
 
 import math
-
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,97 +21,13 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import configuration
+from .contrast import Adjoint, Nudging, Problem, asymmetric, contrast, lanes, real_points
 from .horizons import BPTT, Backprop, ForwardMode, Steps, finite_horizon
 from .models import Backend, EquilibriumModel
-from .solvers import Differences, Solution, Solver, Status, norm
+from .solvers import Solution, Solver, Status, norm
 from .starts import LinearStart
 
 Beta = Annotated[float, Field(gt=0)]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One batch at its free equilibrium: what an estimator may look at. x (B, ...) and state (B, ...) without a graph.
-
-    carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace. dynamics: what
-    computes the block, by default the model's block itself (`EquilibriumModel.dynamics`).
-    """
-
-    model: EquilibriumModel
-    inputs: Tensor
-    targets: Tensor
-    x: Tensor
-    state: Tensor
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    dynamics: Any = None
-
-    def __post_init__(self) -> None:
-        if self.dynamics is None:
-            object.__setattr__(self, "dynamics", self.model.block)
-
-    def force(self, z: Tensor) -> Tensor:
-        """F(z) for states (B, ...) or for several per sample, (B, K, ...)."""
-        return self.dynamics(z, self._lift(z))
-
-    def loss_slope(self, z: Tensor) -> Tensor:
-        """g = d l_b / d z_b, same shape as z; several states per sample (B, K, ...) share the sample's targets.
-
-        For complex z the derivative of the loss's holomorphic extension.
-        """
-        many = z.dim() > self.state.dim()
-        targets = self.targets.repeat_interleave(z.shape[1], 0) if many else self.targets
-        with torch.enable_grad():
-            flat = (z.flatten(0, 1) if many else z).detach().requires_grad_()
-            losses = self.model.loss(self.model.block.output(flat), targets)
-            slope, = torch.autograd.grad(losses, flat, torch.ones_like(losses))
-        return slope.conj().resolve_conj().view_as(z)  # torch gives the conjugate of a holomorphic function's derivative
-
-    @cached_property
-    def readout(self) -> tuple[float, Tensor, dict[str, Tensor]]:
-        """At the free state, by one backward pass: the mean loss, g, and the mean loss's direct gradient in each parameter that
-        it reaches without the state."""
-        with torch.enable_grad():
-            z = self.state.detach().requires_grad_()
-            losses = self.model.loss(self.model.block.output(z), self.targets)
-            names, values = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad), strict=True)
-            slope, *grads = torch.autograd.grad(losses.sum(), (z, *values), allow_unused=True)
-        direct = {n: grad / len(losses) for n, grad in zip(names, grads, strict=True) if grad is not None}
-        return losses.mean().item(), slope, direct
-
-    @cached_property
-    def slope(self) -> Tensor:
-        """g at the free state."""
-        return self.readout[1]
-
-    @cached_property
-    def scale(self) -> Tensor:
-        """||g|| of each sample at the free state, in which residuals of a nudged phase are counted: (B,)."""
-        return norm(self.slope).clamp_min(torch.finfo(self.state.dtype).tiny)
-
-    def linearise(self, z: Tensor) -> Any:
-        """J at z, kept without a graph."""
-        with torch.no_grad():
-            return self.dynamics.linearise(z, self._lift(z))
-
-    @cached_property
-    def jacobian(self) -> Any:
-        """J at the free state."""
-        return self.linearise(self.state)
-
-    def _lift(self, z: Tensor) -> Tensor:
-        return self.x.unsqueeze(1) if z.dim() > self.state.dim() else self.x
-
-
-@dataclass(frozen=True)
-class Adjoint:
-    """a (B, ...) = -J^-T g as an estimator found it, the phase it came from, the largest displacement ||z_beta - z*|| / ||z*||
-    of each sample (B,), the cost in force evaluations, and what else was measured."""
-
-    value: Tensor
-    phase: Solution | None
-    displacement: Tensor | None
-    evaluations: int
-    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,128 +57,6 @@ class Report:
         return max(phases, key=list(Status).index)
 
 
-def _lanes(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B, K) as factors of states (B, K, ...)."""
-    return values.view(*values.shape, *(1,) * (like.dim() - 1))
-
-
-def _contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
-              cost: int, response: Tensor | None = None, held: Any = None) -> tuple[Adjoint, Tensor]:
-    """Relaxes z_k under F - beta_k g - correction, all as one batch (B, K, ...), and contrasts them: a = -Re sum_k w_k (z_k -
-    z*).
-
-    nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
-    ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. Where the weights sum to zero the free phase's
-    own residual, which moves all trajectories alike, drops out. The trajectories start at z* - beta_k response, by default at
-    z*. held: J at z*, where that is what the correction consists of. Returns the final states as well.
-    """
-    centre = problem.state.unsqueeze(1)  # (B, 1, ...)
-    factors, shares = _lanes(nudges, problem.state), _lanes(weights, problem.state)
-
-    def force(states: Tensor) -> Tensor:
-        push = problem.force(states) - factors * problem.loss_slope(states)
-        return push if correction is None else push - correction(states)
-
-    def combine(states: Tensor) -> Tensor:
-        total = (shares * states).sum(1)
-        return total.real if total.is_complex() else total
-
-    def residual(push: Tensor, _: Tensor) -> Tensor:
-        return norm(combine(push)) / problem.scale
-
-    start = centre.repeat_interleave(factors.shape[1], 1).to(factors.dtype)
-    if response is not None:
-        start = start - factors * response.unsqueeze(1)
-    own_loop = solver.in_kernel and response is None and hasattr(held or problem.dynamics, "relax")
-    if own_loop and (correction is None or held is not None):
-        # what each trajectory may leave: the contrast adds K of them up, and half of the tolerance is for the slope's change
-        allowed = problem.scale.unsqueeze(1) / (2 * weights.shape[1] * weights.abs())
-        phase = _in_rounds(problem, solver, factors, allowed, held, residual)
-    else:
-        phase = solver.solve(force, start, residual)
-        phase = replace(phase, evaluations=phase.evaluations * cost)
-    away = phase.value - centre
-    displacement = torch.stack([norm(one) for one in away.unbind(1)]).amax(0) / norm(problem.state)
-    return Adjoint(-combine(away), phase, displacement, phase.evaluations), phase.value
-
-
-def _in_rounds(problem: Problem, solver: Solver, nudges: Tensor, allowed: Tensor, held: Any,
-               measure: Callable[[Tensor, Tensor], Tensor]) -> Solution:
-    """The nudged phase from z*, where the backend has a phase's loop but not the loss: in rounds, Anderson's method over them.
-
-    A round without a correction settles each trajectory under F(z) - F(z*) - beta_k g with the slope g held; one with the
-    correction, of which J at z* is held, solves J^T dz = -F_k for what its force F_k leaves. The forces are relative to that at
-    z*, so the trajectory of beta = 0 rests there. allowed (B, K): what a trajectory may leave, in units of the tolerance.
-    A sample's steps are those of all its rounds; it begins no other once they have reached `max_steps`.
-    """
-    many, each = allowed.shape[1], (-1,) + (1,) * problem.state.dim()
-    centre, rest = problem.state.unsqueeze(1), problem.force(problem.state).unsqueeze(1)
-    states = best = centre.repeat_interleave(many, 1)
-    slope = problem.slope.unsqueeze(1)
-    push, history = -nudges * slope.expand_as(states), Differences(memory=5)
-    lowest, rate = torch.full_like(problem.scale, torch.inf), torch.full_like(problem.scale, torch.nan)
-    steps, evaluations, status = torch.zeros_like(lowest, dtype=torch.long), 1.0, Status.CONVERGED
-    while True:
-        residual = measure(push, states)
-        better = residual < lowest
-        best, lowest = torch.where(better.view(each), states, best), torch.where(better, residual, lowest)
-        active = (lowest > solver.tol) & (steps < solver.max_steps)
-        if not status.usable or not active.any():
-            break
-        scale = torch.where(active.unsqueeze(1), allowed, torch.inf)  # a sample that is done takes one evaluation
-        if held is None:
-            clamp = problem.x.unsqueeze(1) - rest - nudges * slope
-            parts = [problem.dynamics.relax(solver, clamp.flatten(0, 1), states.flatten(0, 1), scale.flatten())]
-            move = parts[0].value.view_as(states) - states
-        else:
-            parts = [held.relax(solver, push[:, k], scale[:, k]) for k in range(many)]
-            move = torch.stack([part.value for part in parts], 1)
-        stalled = history.record(states.flatten(1), move.flatten(1), residual).view(each)
-        moved = states + history.step(1.0).view(each) * move
-        if history.length:
-            moved = moved - history.correction(move.flatten(1), 1.0).view_as(states)
-        states = torch.where(stalled, best, moved)
-        taken, rates = (torch.cat([getattr(part, name).view(len(steps), -1) for part in parts], 1).amax(1)
-                        for name in ("steps", "rate"))
-        steps, rate = steps + torch.where(active, taken.clamp_min(1), 0), torch.where(active, rates, rate)
-        status = max((part.status for part in parts), key=list(Status).index)
-        slope = problem.loss_slope(states)
-        push = problem.force(states) - rest - nudges * slope
-        if held is not None:
-            push = push - _asymmetric(held, states - centre)
-        evaluations += sum(part.evaluations * len(part.steps) for part in parts) / len(steps)
-        evaluations += many if held is None else 3 * many
-    if status.usable:
-        status = Status.MAX_STEPS if (lowest > solver.tol).any() else Status.CONVERGED
-    return Solution(best, lowest, steps, rate, round(evaluations), status, history.fallbacks)
-
-
-Nudging = Literal["symmetric", "one-sided", "random-sign"]
-
-
-def _points(problem: Problem, beta: float, nudging: Nudging) -> tuple[Tensor, Tensor]:
-    """Nudges and weights of a real contrast: +-beta, +beta against the free state, or a random sign for each sample
-    (Laborieux et al. 2021), whose first-order biases cancel in the mean."""
-    if nudging == "symmetric":
-        nudges = problem.state.new_tensor([[beta, -beta]])
-        return nudges, 1 / (2 * nudges)
-    nudges = problem.state.new_full((problem.state.shape[0], 1), beta)
-    if nudging == "random-sign":
-        drawn = problem.carried.get("sign_draws", torch.zeros(1, dtype=torch.long))
-        problem.carried["sign_draws"] = drawn + 1
-        signs = torch.randint(2, (len(nudges), 1), generator=torch.Generator().manual_seed(int(drawn)))
-        nudges = nudges * (2 * signs - 1).to(nudges)
-    return nudges, 1 / nudges
-
-
-def _asymmetric(jacobian: Any, away: Tensor) -> Tensor:
-    """(J - J^T) applied to states (B, K, ...), to real and imaginary parts apart."""
-    if away.is_complex():
-        both = _asymmetric(jacobian, torch.cat([away.real, away.imag], 1))
-        return torch.complex(*both.chunk(2, 1))
-    return jacobian.product(away) - jacobian.transposed(away)
-
-
 @configuration
 class VectorField:
     """Plain EP on the vector field, uncorrected: a = -J^-1 g, exact only where J = J^T (Scellier & Bengio 2017)."""
@@ -276,8 +67,8 @@ class VectorField:
     nudging: Nudging = "symmetric"
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        points = _points(problem, self.beta, self.nudging)
-        return _contrast(problem, *points, solver, None, cost=points[0].shape[1])[0]
+        points = real_points(problem, self.beta, self.nudging)
+        return contrast(problem, *points, solver, None, cost=points[0].shape[1])[0]
 
 
 @configuration
@@ -290,9 +81,9 @@ class AsymEP:
     nudging: Nudging = "symmetric"
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        points, centre = _points(problem, self.beta, self.nudging), problem.state.unsqueeze(1)
+        points, centre = real_points(problem, self.beta, self.nudging), problem.state.unsqueeze(1)
         jacobian = problem.linearise(centre)
-        return _contrast(problem, *points, solver, lambda states: _asymmetric(jacobian, states - centre),
+        return contrast(problem, *points, solver, lambda states: asymmetric(jacobian, states - centre),
                          cost=3 * points[0].shape[1], held=jacobian)[0]
 
 
@@ -326,10 +117,10 @@ class HolomorphicEP:
         dtype = torch.promote_types(problem.state.dtype, torch.complex32)
         nudges, weights = ((value[None]).to(problem.state.device, dtype) for value in (
             self.beta * circle, double * circle.conj() / (self.points * self.beta)))
-        found, states = _contrast(problem, nudges, weights, solver, lambda z: _asymmetric(jacobian, z - centre),
+        found, states = contrast(problem, nudges, weights, solver, lambda z: asymmetric(jacobian, z - centre),
                                   cost=6 * (half + 1))
         moved = torch.stack([norm(one) for one in (states - centre).unbind(1)]).amax(0).clamp_min(torch.finfo(dtype).tiny)
-        mean = (_lanes(double.to(problem.state)[None], problem.state) * states.real).sum(1) / self.points
+        mean = (lanes(double.to(problem.state)[None], problem.state) * states.real).sum(1) / self.points
         leak = norm(torch.cat([states[:, 0].imag, states[:, half].imag], 1))
         measured = {"aliasing": (norm(mean - problem.state) / moved).max().item(),
                     "imaginary_leakage": (leak / moved).max().item()}
@@ -355,14 +146,14 @@ class Tracking:
         def correction(pair: Tensor) -> Tensor:
             plus, minus = pair.unbind(1)
             jacobian = problem.jacobian if self.held else problem.linearise((plus + minus) / 2)
-            odd = _asymmetric(jacobian, (plus - minus) / 2)
+            odd = asymmetric(jacobian, (plus - minus) / 2)
             return torch.stack([odd, -odd], 1)
 
         linear = None
         if self.warm:
             linear = replace(solver, tol=solver.tol / 2).adjoint(problem.jacobian, problem.slope, problem.scale)
-        found = _contrast(problem, *_points(problem, self.beta, "symmetric"), solver, correction, cost=4 if self.held else 5,
-                          response=linear and linear.value)[0]
+        found = contrast(problem, *real_points(problem, self.beta, "symmetric"), solver, correction, cost=4 if self.held else 5,
+                         response=linear and linear.value, held=problem.jacobian if self.held else None)[0]
         return replace(found, evaluations=found.evaluations + linear.evaluations) if linear else found
 
 
@@ -507,8 +298,8 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
 
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
     `solver` with the estimator's own number of steps. `start`: state from which the free phase starts, or how it is predicted,
-    by default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`, which computes the phases and
-    products; what needs a graph is PyTorch's in either. Parameters that do not require a gradient get none. `.grad` is never
+    by default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`, which computes the phases, the
+    products and BPTT's steps; what needs a graph is PyTorch's in either. Parameters that do not require a gradient get none. `.grad` is never
     touched. Raises TypeError if the estimator and the block do not fit, ValueError if every parameter is frozen; a diverged
     phase is no exception but gives `grads=None`.
     """
@@ -518,7 +309,7 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     measured: dict[str, float] = {}
     nudged_phase = problem = found = None
     if isinstance(estimator, BPTT | Backprop | ForwardMode):
-        loss, grads, free = finite_horizon(model, inputs, targets, estimator, solver)
+        loss, grads, free = finite_horizon(model, inputs, targets, estimator, solver, backend)
         evaluations = estimator.steps
         if penalties and free.status.usable:
             with torch.no_grad():
@@ -568,22 +359,8 @@ def _read_out(problem: Problem, adjoint: Tensor) -> dict[str, Tensor]:
     """d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b at the free state.
 
     The block's part is contracted by hand where its derivative is (`calculus`): outer products of quantities local to each
-    weight. Only what leads to x and from h to the loss, embeddings and readout, is differentiated automatically.
+    weight.
     """
-    model, batch = problem.model, problem.state.shape[0]
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.no_grad():
         block, into = problem.jacobian.contract(adjoint)  # of the very tensor that the solver returned: its pass may be kept
-        for value in block.values():
-            value.div_(batch)  # no second copy of the size of the weights
-    with torch.enable_grad():
-        x = model.clamp(problem.inputs)
-        score = (into * x).sum() / batch
-        clamped = torch.autograd.grad(score, list(trained.values()), allow_unused=True) if x.requires_grad else ()
-    grads: dict[str, Tensor] = {}
-    for part in (problem.readout[2], dict(zip(trained, clamped, strict=False)),
-                 {f"block.{name}": value for name, value in block.items()}):
-        for name, value in part.items():
-            if name in trained and value is not None:
-                grads[name] = grads[name] + value if name in grads else value
-    return {name: grads[name] if name in grads else torch.zeros_like(value) for name, value in trained.items()}
+    return problem.gradient(block, into)

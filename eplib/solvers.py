@@ -151,6 +151,8 @@ class _Solver:
             status = Status.DIVERGED
         else:
             status = Status.MAX_STEPS if (lowest > self.tol).any() else Status.CONVERGED
+        if status is Status.CONVERGED:
+            best = state  # the same numbers, and the very tensor of the last evaluation, whose passes may be kept
         return Solution(best, lowest, steps, rate, count + 1, status, 0 if history is None else history.fallbacks)
 
 
@@ -187,15 +189,10 @@ class Anderson(_Solver):
     in_kernel = True
 
     def _history(self) -> "Differences":
-        return Differences(self.memory)
+        return Differences(self.memory, self.step)
 
     def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "Differences") -> Tensor:
-        lanes = (-1,) + (1,) * (state.dim() - 1)
-        stalled = history.record(_flat(state), _flat(push), residual)
-        moved = state + history.step(self.step).view(lanes) * push
-        if history.length:
-            moved = moved - _like(history.correction(_flat(push), self.step), state)
-        return torch.where(stalled.view(lanes), best, moved) if stalled.any() else moved
+        return _like(history.next(_flat(state), _flat(push), residual, _flat(best)), state)
 
 
 @configuration
@@ -283,39 +280,48 @@ def _like(flat: Tensor, a: Tensor) -> Tensor:
 
 
 class Differences:
-    """The last differences of states and forces of each sample, (B, memory, n) each, in a ring."""
+    """Anderson's memory: the last differences of each sample's forces, and what they say of the moves, (B, memory, n) each, in
+    a ring."""
 
-    def __init__(self, memory: int):
-        self.memory, self.length, self.slot, self.fallbacks = memory, 0, 0, 0
+    def __init__(self, memory: int, step: float):
+        self.memory, self.plain, self.length, self.slot, self.fallbacks = memory, step, 0, 0, 0
         self.last: tuple[Tensor, Tensor] | None = None
 
-    def record(self, state: Tensor, push: Tensor, residual: Tensor) -> Tensor:
-        """Takes in one iterate (B, n); returns which samples (B,) stall here and must go back to their best state."""
+    def next(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor) -> Tensor:
+        """Takes in one iterate (B, n) and its force; returns the next: z + step f - sum_i gamma_i (dz_i + step df_i), gamma
+        minimising |f - sum_i gamma_i df_i|. A sample that stalls goes back to its best state and on without memory, its step
+        halved each time."""
         if self.last is None:
-            self.states, self.pushes = (a.new_zeros(a.shape[0], self.memory, a.shape[1]) for a in (state, push))
+            self.pushes, self.moves = (push.new_empty(push.shape[0], self.memory, push.shape[1]) for _ in range(2))
+            self.gram = push.new_zeros(push.shape[0], self.memory, self.memory, dtype=torch.float64)
             self.halvings, self.lowest = torch.zeros_like(residual, dtype=torch.int), residual
         else:
-            self.states[:, self.slot], self.pushes[:, self.slot] = state - self.last[0], push - self.last[1]
-            self.slot, self.length = (self.slot + 1) % self.memory, min(self.length + 1, self.memory)
+            df = torch.sub(push, self.last[1], out=self.pushes[:, self.slot])
+            torch.sub(state, self.last[0], out=self.moves[:, self.slot]).add_(df, alpha=self.plain)
+            self.length = min(self.length + 1, self.memory)
+            self.gram[:, self.slot, :self.length] = self.gram[:, :self.length, self.slot] = self._along(df)
+            self.slot = (self.slot + 1) % self.memory
         self.last = state, push
         stalled = residual > STALL * self.lowest
         self.lowest = torch.minimum(self.lowest, residual)
         self.fallbacks += int((stalled & (self.halvings == 0)).sum())
         self.halvings = self.halvings + stalled
-        return stalled
+        step = torch.ldexp(torch.full_like(self.lowest, self.plain), -self.halvings)
+        moved = torch.addcmul(state, push, step.unsqueeze(1))
+        if self.length:
+            moved = torch.baddbmm(moved.unsqueeze(1), self._weights(push).unsqueeze(1), self.moves[:, :self.length],
+                                  alpha=-1).squeeze(1)
+        return torch.where(stalled.unsqueeze(1), best, moved) if stalled.any() else moved
 
-    def step(self, step: float) -> Tensor:
-        """The step of each sample, (B,): halved each time that it stalled."""
-        return torch.ldexp(torch.full_like(self.lowest, step), -self.halvings)
+    def _along(self, a: Tensor) -> Tensor:
+        """<df_i, a> of the differences, (B, length)."""
+        return (a.unsqueeze(1) @ self.pushes[:, :self.length].mT).squeeze(1).double()  # a row times columns: the fast order
 
-    def correction(self, push: Tensor, step: float) -> Tensor:
-        """What the plain step is to be corrected by, (B, n): sum_i gamma_i (dz_i + step df_i), gamma minimising |f - sum
-        gamma_i df_i|."""
-        dz, df = self.states[:, :self.length], self.pushes[:, :self.length]
-        size = df.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(push.dtype).tiny)  # units of each: they shrink
-        unit = df / size
-        gram, right = (unit @ unit.mT).double(), (unit @ push.unsqueeze(-1)).double()  # (B, m, m), (B, m, 1)
+    def _weights(self, push: Tensor) -> Tensor:
+        """gamma (B, length), by the normal equations in units of each difference: they shrink."""
+        gram = self.gram[:, :self.length, :self.length]
+        unit = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()  # (B, length)
         damping = torch.finfo(push.dtype).eps ** DAMPING * torch.eye(self.length, dtype=gram.dtype, device=gram.device)
-        gamma = torch.linalg.solve_ex(gram + damping, right)[0].to(push.dtype) / size
-        gamma = torch.where((self.halvings > 0)[:, None, None] | ~gamma.isfinite(), 0, gamma)
-        return (gamma * (dz + step * df)).sum(1)
+        scaled = gram * unit.unsqueeze(1) * unit.unsqueeze(2) + damping
+        gamma = torch.linalg.solve_ex(scaled, (self._along(push) * unit).unsqueeze(-1))[0].squeeze(-1) * unit
+        return torch.where((self.halvings > 0).unsqueeze(1) | ~gamma.isfinite(), 0, gamma).to(push.dtype)

@@ -240,7 +240,7 @@ def build_model(config: RunConfig, task: ImageTask | TextTask) -> EquilibriumMod
 
 def fastest_backend(config: RunConfig, device: str = "cpu") -> Backend:
     """The compiled kernel where it is built and knows the run's block and what its estimator asks of it, else PyTorch."""
-    graph = isinstance(config.estimator, BPTT | Backprop | ForwardMode | HolomorphicEP)  # or complex states
+    graph = isinstance(config.estimator, Backprop | ForwardMode | HolomorphicEP)  # or complex states
     fits = device == "cpu" and not graph and knows(config.model.block, config.model.width, config.model.heads)
     return "compiled" if fits and available() else "torch"
 

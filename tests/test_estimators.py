@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import eplib
-from eplib import blocks, controllers, estimators, models
+from eplib import blocks, contrast, controllers, estimators, models
 from eplib.blocks import Jacobian
 from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
 from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status
@@ -195,7 +195,7 @@ def test_conjugate_nudges_give_conjugate_states_and_aliasing_tells_the_radius():
     problem = estimators.Problem(model, inputs, targets, model.clamp(inputs).detach(), model.settle(inputs, TIGHT).value)
     nudges = 0.05 * torch.exp(2j * torch.pi * torch.arange(4, dtype=torch.float64) / 4)[None]
     with torch.no_grad():
-        states = estimators._contrast(problem, nudges, nudges.conj(), NUDGED, None, 1)[1]
+        states = contrast.contrast(problem, nudges, nudges.conj(), NUDGED, None, 1)[1]
     assert torch.allclose(states[:, 1], states[:, 3].conj(), atol=1e-10) and states[:, 1].imag.abs().max() > 1e-4
     aliasing = []
     for radius in (0.02, 0.04):

@@ -147,10 +147,15 @@ class CompiledBlock:
     def __call__(self, z: Tensor, x: Tensor) -> Tensor:
         return self._evaluate(z, x, linearise=False)[0]
 
+    def force_and_jacobian(self, z: Tensor, x: Tensor) -> tuple[Tensor, "CompiledJacobian"]:
+        """F and J at a state, in one pass."""
+        push, cache = self._evaluate(z, x, linearise=True)
+        return push, CompiledJacobian(self, cache)
+
     def linearise(self, z: Tensor, x: Tensor) -> "CompiledJacobian":
         if self.settled and self.settled[0].data_ptr() == z.data_ptr() and self.settled[0].numel() == z.numel():
             return self.settled[1]
-        return CompiledJacobian(self, self._evaluate(z, x, linearise=True)[1])
+        return self.force_and_jacobian(z, x)[1]
 
     def start(self, x: Tensor) -> Tensor:
         return self.block.start(x)
@@ -234,6 +239,12 @@ class CompiledJacobian:
             torch.get_num_threads())
         self.solved = a, back
         return _solution(a, outcome, scale, solver)
+
+    def transposed_and_contracted(self, u: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """J^T u, and what `contract` gives for u, by one transposed pass."""
+        moved, back = self._back(_plain(u))
+        self.solved = u, back
+        return moved, *self.contract(u)
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         back = self.solved[1] if self.solved and self.solved[0] is u else self._back(_plain(u))[1]
