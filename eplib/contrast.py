@@ -15,7 +15,9 @@ from torch import Tensor
 from .models import EquilibriumModel
 from .solvers import Differences, Solution, Solver, Status, norm
 
-ROUNDING = 32.0  # float spacings of z*, times sum |w_k|, below which the slope's own size is no unit for a contrast's residual
+# Float spacings of z*, times sum |w_k|, below which the slope's own size is no unit for a contrast's residual: a force has a
+# round-off of about half a spacing, and a hundredth of the unit, shared by the trajectories, is to be within reach.
+ROUNDING = 256.0
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,17 @@ def test_a_copy_made_for_the_kernel_lives_through_the_call():
         assert torch.equal(found.value, solver.adjoint(jacobian, slope, scale[:, 0].contiguous()).value)
 
 
-def test_the_free_state_brings_its_linearisation():
+def test_the_free_state_brings_its_force_and_its_linearisation(monkeypatch):
     block, x = system()
     v = torch.randn_like(x)
     with torch.no_grad():
         compiled = kernels.CompiledBlock(block)
         z = Substitution(tol=1e-4).settle(compiled, x).value
+        fresh, other = kernels.CompiledBlock(block)(z, x), kernels.CompiledBlock(block)(z, x + 1)
+        assert (compiled(z, x) - fresh).norm() <= 1e-5 * z.norm() and torch.equal(compiled(z, x + 1), other)
+        monkeypatch.setattr(kernels.CompiledBlock, "_evaluate", None)
+        assert compiled(z.unsqueeze(1), x.unsqueeze(1)).shape == (*z.shape[:1], 1, *z.shape[1:])
+        monkeypatch.undo()
         assert compiled.linearise(z, x) is compiled.settled[1]
         assert close(compiled.linearise(z, x).transposed(v), block.linearise(z, x).transposed(v))
         assert compiled.linearise(z.clone(), x) is not compiled.settled[1]
@@ -249,6 +254,52 @@ def test_rounds_of_one_sample_do_not_depend_on_its_neighbours(estimator):
         assert taken[0] == steps[sample] and close(alone[0], states[sample], 5e-3)
 
 
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("window", [None, 3, 12])
+def test_bptt_by_hand_is_autograds(window, image):
+    torch.manual_seed(0)
+    kind = blocks.Thick(init=0.6, causal=not image)
+    model = models.Classifier(patch=9, tokens=4, classes=10, width=32, heads=4, block=kind) if image else \
+        models.LanguageModel(vocab=11, width=32, heads=4, context=12, block=kind)
+    inputs = torch.randn(5, 4, 9) if image else torch.randint(11, (5, 12))
+    targets = torch.randint(10, (5,)) if image else inputs.roll(-1, 1)
+    ours, theirs = (eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=12, window=window), backend=backend,
+                                   solver=Relaxation(step=0.5, tol=1e-4)) for backend in ("compiled", "torch"))
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6) and ours.status is theirs.status
+    assert torch.allclose(ours.free.residual, theirs.free.residual, rtol=1e-3)
+    assert set(ours.grads) == set(theirs.grads)
+    for group, found in agreement(ours.grads, theirs.grads).items():
+        assert found.error < 2e-5, group
+
+
+def test_the_first_corrected_round_is_one_solve(monkeypatch):
+    """At z* the forces of the trajectories are multiples of one another; with the linear response given, none is solved."""
+    solves, relax = [], kernels.CompiledJacobian.relax
+    monkeypatch.setattr(kernels.CompiledJacobian, "relax", lambda self, *rest: solves.append(1) or relax(self, *rest))
+    for estimator in (estimators.AsymEP(beta=0.1), estimators.Tracking(beta=0.1, held=True, warm=True)):
+        solves.clear()
+        report = small_step("compiled", estimator=estimator)
+        assert report.status is Status.CONVERGED and len(solves) == 1
+
+
+def test_a_slope_below_round_off_does_not_keep_a_contrast_going():
+    """A sample that the readout is sure of is nudged by less than float32 resolves of its state."""
+    torch.manual_seed(0)
+    model = models.Classifier(patch=9, tokens=4, classes=10, width=32, heads=4, block=blocks.Thick(causal=False, init=0.3))
+    with torch.no_grad():
+        model.readout.weight.mul_(200)
+    settings = {"solver": Anderson(step=0.7, tol=1e-6, max_steps=100), "nudged": Anderson(step=0.7, tol=1e-2, max_steps=60)}
+    inputs = torch.randn(200, 4, 9)
+    states = model.settle(inputs, settings["solver"]).value
+    targets = model.logits(states).argmax(-1).detach()
+    nudge = estimators.Problem(model, inputs, targets, model.clamp(inputs).detach(), states).scale / norm(states)
+    sure = (nudge > 1e-9) & (nudge < 1e-5)
+    assert sure.sum() > 10
+    for backend, kind in itertools.product(("torch", "compiled"), (estimators.AsymEP, estimators.VectorField)):
+        report = eplib.gradient(model, inputs[sure], targets[sure], backend=backend, estimator=kind(beta=0.22), **settings)
+        assert report.nudged.status is Status.CONVERGED and report.nudged.steps.max() < 30, (backend, kind)
+
+
 def test_it_refuses_what_it_does_not_compute():
     block, x = system()
     with pytest.raises(kernels.KernelError, match="float32"):
@@ -291,9 +342,9 @@ def small_step(backend, start=None, state=None, **settings):
     torch.manual_seed(0)
     model = models.LanguageModel(vocab=11, width=32, heads=4, context=24, block=blocks.Thick(init=0.8))
     inputs = torch.randint(11, (6, 24))
-    chosen = {"solver": Substitution(step=0.8, tol=1e-4), "nudged": Substitution(step=0.8, tol=5e-3)} | settings
-    return eplib.gradient(model, inputs, inputs.roll(-1, 1), estimator=estimators.DyadicEP(), backend=backend, start=start,
-                          state=state, **chosen)
+    chosen = {"solver": Substitution(step=0.8, tol=1e-4), "nudged": Substitution(step=0.8, tol=5e-3),
+              "estimator": estimators.DyadicEP()} | settings
+    return eplib.gradient(model, inputs, inputs.roll(-1, 1), backend=backend, start=start, state=state, **chosen)
 
 
 def test_a_step_takes_no_more_evaluations_than_it_did():

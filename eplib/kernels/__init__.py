@@ -136,7 +136,7 @@ class CompiledBlock:
                               f"width a multiple of {MULTIPLE}, of each head a multiple of {HEAD}. This is "
                               f"{type(block).__name__}. Use backend=\"torch\"")
         self.block = block
-        self.settled: tuple[Tensor, CompiledJacobian] | None = None  # the last free state, and J there
+        self.settled: tuple[Tensor, CompiledJacobian, Tensor, Tensor] | None = None  # last free state; J, F and clamp there
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
         weights = [_plain(value.detach()) for value in (
             layers.qkv.weight, layers.wo.weight, layers.w1.weight, layers.w2.weight, layers.ln1.weight, layers.ln1.bias,
@@ -145,6 +145,8 @@ class CompiledBlock:
         self.library.eplib_pack(self.width, self.hidden, *map(_pointer, weights), _pointer(self.packed))
 
     def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        if self._is_settled(z) and self.settled[3].data_ptr() == x.data_ptr():
+            return self.settled[2].view_as(z)
         return self._evaluate(z, x, linearise=False)[0]
 
     def force_and_jacobian(self, z: Tensor, x: Tensor) -> tuple[Tensor, "CompiledJacobian"]:
@@ -153,23 +155,26 @@ class CompiledBlock:
         return push, CompiledJacobian(self, cache)
 
     def linearise(self, z: Tensor, x: Tensor) -> "CompiledJacobian":
-        if self.settled and self.settled[0].data_ptr() == z.data_ptr() and self.settled[0].numel() == z.numel():
+        if self._is_settled(z):
             return self.settled[1]
         return self.force_and_jacobian(z, x)[1]
+
+    def _is_settled(self, z: Tensor) -> bool:
+        return self.settled is not None and self.settled[0].data_ptr() == z.data_ptr() and self.settled[0].numel() == z.numel()
 
     def start(self, x: Tensor) -> Tensor:
         return self.block.start(x)
 
     def relax(self, solver: Solver, x: Tensor, start: Tensor, scale: Tensor | None = None) -> Solution:
         """A phase under the clamp x by the solver's method, in the kernel's own loop; residuals count in units of ||z||, or of
-        scale (N,). Without a scale it is the free phase, whose J is then at hand for `linearise`."""
+        scale (N,). Without a scale it is the free phase, whose J and F are then at hand."""
         z, x, outcome = _plain(start).clone(), _plain(x), torch.zeros(x.shape[0], OUTCOME, dtype=torch.int32)
-        cache = _Storage(self, z)
+        cache, rest = _Storage(self, z), torch.empty_like(z)
         self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver, z), z.shape[0],
                                   _pointer(x), _pointer(None if scale is None else _plain(scale)), _pointer(z),
-                                  _pointer(outcome), torch.get_num_threads())
+                                  _pointer(rest), _pointer(outcome), torch.get_num_threads())
         if scale is None:
-            self.settled = z, CompiledJacobian(self, cache)
+            self.settled = z, CompiledJacobian(self, cache), rest, x
         return _solution(z, outcome, z.flatten(1).norm(dim=1) if scale is None else scale, solver)
 
     def _evaluate(self, z: Tensor, x: Tensor, linearise: bool) -> tuple[Tensor, "_Storage"]:

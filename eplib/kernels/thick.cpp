@@ -554,11 +554,11 @@ static float portion(const Pass &pass, const Pass::Row &row, int size, const flo
 }
 
 // The free phase, first token to last: F(z) = 0 with the tokens before the unit settled. A residual counts in units of |z|, or
-// of scale (samples) if that is given.
+// of scale (samples) if that is given. What is left of F goes to `rest`.
 struct Free {
     static constexpr bool backwards = false;
     const float *clamp, *scale;
-    float *state;
+    float *state, *rest;
 
     float limit(const Pass &pass, const Pass::Row &row, int size, const float *z, float tol) const {
         return scale ? portion(pass, row, size, scale, tol) : tol * std::sqrt(dot(size, z, z));
@@ -568,7 +568,10 @@ struct Free {
                    [&](int i) { return clamp + pass.place(rows[i]) * pass.C; });
     }
     void settle(Pass &pass, const std::vector<Pass::Row> &rows, int begin, int end) const {
-        for (int i = begin; i < end; i++) pass.linearise(rows[i]);
+        for (int i = begin; i < end; i++) {
+            pass.linearise(rows[i]);
+            std::copy_n(&pass.push[size_t(i) * pass.C], pass.C, rest + pass.place(rows[i]) * pass.C);
+        }
     }
 };
 
@@ -788,10 +791,10 @@ void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, i
     });
 }
 
-// From the start states in z (samples, T, C) to the fixed points, with their linearisation in the cache.
+// From the start states in z (samples, T, C) to the fixed points, with their linearisation in the cache and F there in rest.
 void eplib_settle(const Shape *s, const float *packed, const Cache *cache, const Solver *solver, int samples, const float *x,
-                  const float *scale, float *z, Outcome *outcome, int threads) {
-    substitute(*s, Packed(*s, packed), *cache, *solver, Free{x, scale, z}, samples, outcome, threads);
+                  const float *scale, float *z, float *rest, Outcome *outcome, int threads) {
+    substitute(*s, Packed(*s, packed), *cache, *solver, Free{x, scale, z, rest}, samples, outcome, threads);
 }
 
 // From the start in a (samples, T, C) to J^T a = -g; a unit's residual counts in units of scale (samples) shared out by its
