@@ -38,7 +38,7 @@ from .training import EXCURSION, Progress, RunConfig, Text, Trainer, build_model
     show_on_terminal, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ("blocks", "calculus", "config", "controllers", "data", "diagnostics", "estimators", "horizons",
+SOURCE = ("blocks", "calculus", "config", "contrast", "controllers", "data", "diagnostics", "estimators", "horizons",
           "kernels/__init__", "models", "solvers", "spectra", "starts", "training")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels

@@ -20,7 +20,7 @@ from eplib import data, diagnostics, records
 from eplib.config import ConfigurationError, digest, plain
 from eplib.records import Run, Store, configurations
 from eplib.training import OutOfTime, Optimiser
-from pipelines import train
+from pipelines import stages, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
 COMMON = """
@@ -175,6 +175,13 @@ def test_recorded_runs_and_pruning(root):
     assert store.prune("tiny") == [runs[0].folder.name] and store.prune("tiny") == []
     assert outcome(root) == {name: content for name, content in before.items() if runs[0].folder.name not in name}
     assert not list((store.results / "machine").rglob(runs[0].folder.name)) and outcome(root)
+
+
+def test_source_digest_covers_every_module_that_training_imports():
+    """A module left out would let a changed computation pass as the recorded one."""
+    imported = {Path(path).relative_to("eplib").with_suffix("").as_posix()
+                for path in stages.closure(["eplib.training"], REPOSITORY) if path.endswith(".py")}
+    assert imported - {"__init__"} == set(records.SOURCE)
 
 
 def test_source_digest_ignores_what_computes_nothing(tmp_path, monkeypatch):
