@@ -80,6 +80,7 @@ figures: setup  ## redraw the paper profile's figures, paper and report, up to d
 	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
 
 bench: setup kernel  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (about 20 minutes, idle machine)
+	python -m pipelines.data mnist plays-chars
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 python -m benchmarks.step --compile
 
 clean:  ## remove .venv, caches, tokens, quick and smoke outputs (downloads, checkpoints and DVC's cache stay)

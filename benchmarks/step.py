@@ -45,6 +45,7 @@ REFRESH = 10  # cadence of the fit of the start
 FREE, ADJOINT = 1e-4, 5e-3  # residuals at which the phases stop
 STEP = 0.8
 SLOW = 20  # backprop steps
+DISPLACEMENT = 3e-3  # ||z_beta - z*|| / ||z*|| of two trajectories, from which their nudge is chosen: beyond it they are biased
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,10 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
     reference = {"solver": Relaxation(step=0.1, max_steps=150, tol=0), "nudged": Relaxation(step=0.1, max_steps=20, tol=0)}
     euler = {"solver": Relaxation(step=STEP, tol=FREE)}
     slow = uncached(point.model)
+    # the linear response at beta = 1 says how far a nudge moves the states, at most
+    moved = max(eplib.gradient(point.model, *batch, estimator=DyadicEP(beta=1.0), **plain).measured["displacement"]
+                for batch in point.batches)
+    beta = float(f"{DISPLACEMENT / moved:.1g}")
 
     def ep(model=point.model, **settings):
         carried: dict = {}
@@ -151,7 +156,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
 
         return step
 
-    warm, cold = Tracking(beta=1.0, held=True, warm=True), AsymEP(beta=1.0)
+    warm, cold = Tracking(beta=beta, held=True, warm=True), AsymEP(beta=beta)
     found = {"backprop": ep(point.twin, estimator=Backprop(), **euler)}
     for name in dict.fromkeys([backend, "torch"]):
         chosen = (fast if name == "compiled" else plain) | {"backend": name, "start": LinearStart(refresh=10**6)}
@@ -166,7 +171,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
     return found | {
         "implicit": ep(estimator=Implicit(), start=LinearStart(refresh=10**6), **plain),
         f"BPTT, {horizon} steps": ep(estimator=BPTT(steps=horizon), **euler),
-        "EP, reference": ep(slow, estimator=AsymEP(beta=1.0), **reference),
+        "EP, reference": ep(slow, estimator=AsymEP(beta=beta), **reference),
         **{f"torchdeq, {name}": (lambda i, t, d=d: d(point.model, i, t)) for name, d in deq.items()}}
 
 

@@ -237,7 +237,7 @@ class Substitution(Anderson):
     In a causal block F_t depends on z_1 .. z_t only, so J is block lower-triangular over tokens: the free phase solves by
     forward substitution, J^T by backward substitution. The tolerance holds for every chunk, so it holds for the sample. `steps`
     and `evaluations` count force evaluations of the whole sequence. A phase without that order, of a block that is not causal
-    or of nudged trajectories, is one chunk. By default a chunk is what suits the backend: 8 tokens in the compiled kernel; the
+    or of nudged trajectories, is one chunk. By default a chunk is what suits the backend: 2 tokens in the compiled kernel; the
     whole sequence in PyTorch, where a chunk costs nearly as much as everything (E7).
     """
 
