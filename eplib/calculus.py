@@ -12,6 +12,7 @@ differentiable in the weights, which is how a penalty on J v gets its gradient f
 """
 
 import math
+import weakref
 
 import torch
 import torch.nn.functional as functional
@@ -192,13 +193,14 @@ class Prefix:
 
 class Kept:
     """The last backward pass of a derivative, so that contracting the adjoint state of the solve's last product costs no new
-    one. Subclasses have `_backward(u)`."""
+    one. The direction is not kept alive: memory does not depend on whether it is the one that is returned. Subclasses have
+    `_backward(u)`."""
 
-    last: tuple[Tensor, Tensor] | None = None
+    last: tuple[weakref.ref, Tensor] | None = None
 
     def _back(self, u: Tensor) -> Tensor:
-        if self.last is None or self.last[0] is not u:
-            self.last = u, self._backward(u)
+        if self.last is None or self.last[0]() is not u:
+            self.last = weakref.ref(u), self._backward(u)
         return self.last[1]
 
 

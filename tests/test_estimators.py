@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import eplib
-from eplib import blocks, contrast, controllers, estimators, models
+from eplib import blocks, calculus, contrast, controllers, estimators, models
 from eplib.blocks import Jacobian
 from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
 from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status
@@ -466,3 +466,13 @@ def test_the_reported_cost_counts_every_product(monkeypatch):
         assert counted["n"] == expected
         linearisations = 6 if estimator == estimators.DyadicEP(steps=5, held=False) else 0  # cost a force each, call none
         assert report.measured["force_evaluations"] == expected + linearisations
+
+
+def test_the_read_out_reuses_the_last_transposed_pass(monkeypatch):
+    """Contracting the adjoint state that a settled solve returned costs no pass beyond the solve's own."""
+    model, inputs, targets = transformer("language")
+    passes, backward = [], calculus.NetworkSlope._backward
+    monkeypatch.setattr(calculus.NetworkSlope, "_backward", lambda self, u: passes.append(1) or backward(self, u))
+    settled = Anderson(step=0.5, tol=1e-6, max_steps=200)
+    report = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=settled, nudged=settled)
+    assert report.nudged.status is Status.CONVERGED and len(passes) == report.nudged.evaluations
