@@ -51,9 +51,9 @@ $(STAMP):
 kernel: setup  ## build the optional compiled CPU kernel (seconds, where a C++ compiler is at hand)
 	@python -m eplib.kernels
 
-repro: setup kernel  ## run the quick profile: data, experiments, figures, paper and report (about 40 minutes on 2 cores)
+repro: setup kernel  ## run the quick profile: data, experiments, figures, paper and report (13 to 40 minutes on 2 cores, by their age)
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
-	@echo "   About 40 minutes on 2 CPU cores the first time; what has not changed is not run again."
+	@echo "   13 to 40 minutes on 2 CPU cores the first time, by their age; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
 	python -m pipelines.stages --write
 	dvc repro
@@ -79,7 +79,7 @@ REDRAWN := $(patsubst notebooks/%.ipynb,notebook-%,$(wildcard notebooks/*.ipynb)
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
 	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
 
-bench: setup kernel  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (about 20 minutes, idle machine)
+bench: setup kernel  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (10 to 20 minutes, idle machine)
 	python -m pipelines.data mnist plays-chars
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 python -m benchmarks.step --compile
 

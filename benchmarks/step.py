@@ -1,6 +1,6 @@
 """What does one training step cost? EP against backpropagation, BPTT, implicit differentiation and torchdeq.
 
-    make bench                                    # all sizes, about 20 minutes
+    make bench                                    # all sizes, 10 to 20 minutes
     python -m benchmarks.step --size c64          # one of them
 
 Everything is timed in one process, the arms in turn, so that whatever else the machine does falls on all of them; a time is the
