@@ -35,7 +35,7 @@ from eplib.diagnostics import LiveBytes, agreement, without_readout
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
 from eplib.models import EquilibriumModel
 from eplib.records import ROOT, configurations, machine, source_digest
-from eplib.solvers import Anderson, Relaxation, Substitution, norm
+from eplib.solvers import Anderson, MixedPrecision, Relaxation, Substitution, norm
 from eplib.spectra import contraction_rate
 from eplib.starts import LinearStart
 from eplib.training import RunConfig, Trainer, build_model, build_task
@@ -138,6 +138,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
     """The steps that are compared, by name. horizon: Euler steps that the free phase needs here, for BPTT."""
     fast = {"solver": Substitution(step=STEP, tol=FREE), "nudged": Substitution(step=STEP, max_steps=40, tol=ADJOINT)}
     plain = {"solver": Anderson(step=STEP, tol=FREE), "nudged": Anderson(step=STEP, max_steps=40, tol=ADJOINT)}
+    mixed = {"solver": MixedPrecision(step=STEP, tol=FREE), "nudged": MixedPrecision(step=STEP, max_steps=40, tol=ADJOINT)}
     reference = {"solver": Relaxation(step=0.1, max_steps=150, tol=0), "nudged": Relaxation(step=0.1, max_steps=20, tol=0)}
     euler = {"solver": Relaxation(step=STEP, tol=FREE)}
     slow = uncached(point.model)
@@ -158,15 +159,17 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
 
     warm, cold = Tracking(beta=beta, held=True, warm=True), AsymEP(beta=beta)
     found = {"backprop": ep(point.twin, estimator=Backprop(), **euler)}
-    for name in dict.fromkeys([backend, "torch"]):
-        chosen = (fast if name == "compiled" else plain) | {"backend": name, "start": LinearStart(refresh=10**6)}
+    ways = {"compiled": fast | {"backend": "compiled"}, "torch": plain, "torch from bfloat16": mixed}
+    for name in dict.fromkeys([backend, "torch", "torch from bfloat16"]):
+        chosen = ways[name] | {"start": LinearStart(refresh=10**6)}
         found |= {
             f"EP linear response, {name}": ep(estimator=DyadicEP(), **chosen),
             f"EP linear response + penalty, {name}": ep(estimator=DyadicEP(), **chosen, penalties=(
                 replace(point.penalty, every=1),)),
-            f"EP linear response + refit, {name}": ep(estimator=DyadicEP(), **(chosen | {"start": LinearStart(refresh=1)})),
-            f"EP two trajectories, warm, {name}": ep(estimator=warm, **chosen),
-            f"EP two trajectories, cold, {name}": ep(estimator=cold, **chosen)}
+            f"EP linear response + refit, {name}": ep(estimator=DyadicEP(), **(chosen | {"start": LinearStart(refresh=1)}))}
+        if ways[name] is not mixed:  # contrasted trajectories are never rounded
+            found |= {f"EP two trajectories, warm, {name}": ep(estimator=warm, **chosen),
+                      f"EP two trajectories, cold, {name}": ep(estimator=cold, **chosen)}
     deq = {solver: Torchdeq(solver) for solver in ("anderson", "fixed_point_iter")}
     return found | {
         "implicit": ep(estimator=Implicit(), start=LinearStart(refresh=10**6), **plain),

@@ -1,6 +1,6 @@
 """The run store: what was trained, with which configuration and by which source, and the results that notebooks write.
 
-    results/<profile>/runs/<experiment>/<name>-<digest>/    config.json metrics.json log.csv curve.csv provenance.json
+    results/<profile>/runs/<experiment>/<name>-<digest>/    config.json metrics.json log.csv.gz curve.csv provenance.json
     results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors
     results/<profile>/machine/runs/<experiment>/<name>-<digest>/ machine.json timing.csv   (times and host, kept apart)
 
@@ -9,6 +9,7 @@ The digest is that of the whole configuration, so a changed configuration can ne
 
 import ast
 import csv
+import gzip
 import io
 import json
 import math
@@ -154,7 +155,7 @@ class Run:
 
     @cached_property
     def log(self) -> dict[str, numpy.ndarray]:
-        return _columns(self.folder / "log.csv")
+        return _columns(self.folder / "log.csv.gz")
 
     @cached_property
     def curve(self) -> dict[str, numpy.ndarray]:
@@ -204,8 +205,8 @@ def _generate(model: EquilibriumModel, config: RunConfig, prompt: str, tokens: i
 
 
 def _columns(path: Path) -> dict[str, numpy.ndarray]:
-    """A CSV file as {column: values}; numbers where every cell is one, an empty cell is NaN."""
-    with path.open(newline="") as file:
+    """A CSV file, compressed or not, as {column: values}; numbers where every cell is one, an empty cell is NaN."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     found = {}
     for key in rows[0] if rows else ():
@@ -257,7 +258,8 @@ class Store:
             "device": device, "seconds": sum(progress.seconds), "sessions": progress.sessions}))
         (run.folder / "metrics.json").unlink(missing_ok=True)  # of older source: a kill from here on leaves no mixture
         write_atomically(run.folder / "config.json", _json(plain(config)))
-        write_atomically(run.folder / "log.csv", _csv(progress.rows))
+        # one row a step, a third of the size; without a time, so that equal logs are equal files
+        write_atomically(run.folder / "log.csv.gz", gzip.compress(_csv(progress.rows), mtime=0))
         write_atomically(run.folder / "curve.csv", _csv(progress.curve))
         if sample:
             write_atomically(run.folder / "sample.txt", sample.encode())

@@ -7,12 +7,15 @@ take any of them:
     Relaxation     explicit Euler to a residual; the lowest-residual iterate
     Anderson       the same fixed point in fewer evaluations, falling back to Euler where it stalls
     FixedHorizon   exactly so many Euler steps, the last iterate: the state of a finite-horizon objective
+    MixedPrecision Anderson whose first evaluations are in bfloat16
     Substitution   Anderson on a few tokens at a time, in the order in which a causal block's tokens depend on each other
     Snapshot       Euler through the whole horizon, the most settled iterate in hindsight
 """
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Annotated, Any, Literal
@@ -75,12 +78,40 @@ Count = Annotated[int, Field(ge=1)]
 Tolerance = Annotated[float, Field(ge=0)]
 
 
+class _Samples:
+    """What a solve knows of each sample of its batch: states (B, ...), all else (B,)."""
+
+    def __init__(self, start: Tensor):
+        size = norm(start)
+        self.state = self.best = start
+        self.bound = GROWTH * size.clamp_min(start[0].numel() ** 0.5)
+        self.lowest = torch.full_like(size, torch.inf)
+        self.first = self.residual = self.rate = torch.full_like(size, torch.nan)
+        self.steps = torch.zeros_like(size, dtype=torch.long)
+        self.active = torch.ones_like(size, dtype=torch.bool)
+        self.exploded = self.broken = ~self.active
+
+    def take(self, samples: Tensor) -> "_Samples":
+        """Of these samples only."""
+        return self._each(lambda name: getattr(self, name)[samples])
+
+    def updated(self, samples: Tensor, part: "_Samples") -> "_Samples":
+        """With these samples as `part` has them."""
+        return self._each(lambda name: getattr(self, name).index_copy(0, samples, getattr(part, name)))
+
+    def _each(self, value: Callable[[str], Tensor]) -> "_Samples":
+        other = copy(self)
+        vars(other).update({name: value(name) for name in vars(self)})
+        return other
+
+
 class _Solver:
     """What the solvers share: the loop, per-sample stopping, and the detection of divergence."""
 
     in_kernel = False  # whether the compiled kernel has this solver's loop
     latest = False  # whether the last iterate is returned instead of the lowest-residual one
     hindsight = False  # whether an explosion after the best iterate is forgiven
+    coarse = None  # residual down to which a free or adjoint phase is iterated in bfloat16
 
     def limited(self, steps: int) -> "Solver":
         """This solver with a horizon of `steps`."""
@@ -98,7 +129,8 @@ class _Solver:
         start = block.start(x) if start is None else start
         if self.in_kernel and hasattr(block, "relax"):
             return block.relax(self, x, start)
-        return self.solve(lambda z: block(z, x), start)
+        return self.solve(lambda z: block(z, x), start, rough=self.coarse is not None,
+                          among=lambda samples: lambda z, some=x[samples]: block(z, some))
 
     @torch.no_grad()
     def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
@@ -106,54 +138,71 @@ class _Solver:
         (B,)."""
         if self.in_kernel and hasattr(jacobian, "relax"):
             return jacobian.relax(self, slope, scale)
-        return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale)
+        return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale,
+                          rough=self.coarse is not None)
 
     @torch.no_grad()
     def solve(self, force: Callable[[Tensor], Tensor], start: Tensor,
-              measure: Callable[[Tensor, Tensor], Tensor] = relative_force) -> Solution:
+              measure: Callable[[Tensor, Tensor], Tensor] = relative_force, rough: bool = False,
+              among: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None) -> Solution:
         """Takes `force` from `start` (B, ...) to its zero without storing a graph; `measure(force, state)` gives the residual
-        (B,).
+        (B,). rough: whether the first evaluations may be in bfloat16, down to `coarse`; no sample ends with one of those.
 
         A sample whose state norm or residual grows a thousandfold is frozen as diverged: an explosion otherwise looks
         converged once step * F falls below the float spacing of z. A non-finite residual freezes the sample as well.
+        among(samples): the force of these samples alone, where there is one: the others leave the batch once half of it has
+        ended, so that it is not computed for the slowest sample's sake.
         """
-        state, scale = start, norm(start)
+        whole = now = _Samples(start)
         lanes = (-1,) + (1,) * (start.dim() - 1)
-        bound = GROWTH * scale.clamp_min(start[0].numel() ** 0.5)
-        best, lowest = start, torch.full_like(scale, torch.inf)
-        steps = torch.zeros_like(scale, dtype=torch.long)
-        previous = rate = torch.full_like(scale, torch.nan)
-        active = torch.ones_like(scale, dtype=torch.bool)
-        exploded, broken = ~active, ~active
-        first, history = None, self._history()
+        left = None  # which samples are left, where some have gone
+        history, evaluated = self._history(), 0
         for count in range(self.max_steps + 1):
-            push = force(state)
-            residual = measure(push, state)
-            first = residual if first is None else first
-            rate = torch.where(active & (previous > 0), residual / previous, rate)
-            previous = torch.where(active, residual, previous)
-            improved = active & ((residual < lowest) | self.latest)
-            best = state if improved.all() else torch.where(improved.view(lanes), state, best)
-            lowest = torch.where(improved, residual, lowest)
-            broken = broken | (active & ~residual.isfinite())
-            exploded = exploded | (active & ((norm(state) > bound) | (residual > GROWTH * first.clamp_min(1))))
-            active = active & (residual > self.tol) & ~broken & ~exploded
-            if count == self.max_steps or not active.any():
+            if rough and (count == self.max_steps or now.residual.nanmedian() <= self.coarse):
+                rough = False
+                now.lowest = torch.full_like(now.lowest, torch.inf)  # until here it was that of a rounded force
+            with torch.autocast(start.device.type, torch.bfloat16) if rough else nullcontext():
+                push = force(now.state).to(start.dtype)
+            residual = measure(push, now.state)
+            evaluated += len(residual)
+            now.first = residual if count == 0 else now.first
+            now.rate = torch.where(now.active & (now.residual > 0), residual / now.residual, now.rate)
+            now.residual = torch.where(now.active, residual, now.residual)
+            improved = now.active & ((residual < now.lowest) | self.latest)
+            now.best = now.state if improved.all() else torch.where(improved.view(lanes), now.state, now.best)
+            now.lowest = torch.where(improved, residual, now.lowest)
+            now.broken = now.broken | (now.active & ~residual.isfinite())
+            now.exploded = now.exploded | (now.active & (
+                (norm(now.state) > now.bound) | (residual > GROWTH * now.first.clamp_min(1))))
+            now.active = now.active & ((residual > self.tol) | rough) & ~now.broken & ~now.exploded
+            going = int(now.active.sum())
+            if count == self.max_steps or not going:
                 break
-            steps = steps + active
-            moved = self._move(state, push, residual, best, history)
-            state = moved if active.all() else torch.where(active.view(lanes), moved, state)
+            now.steps = now.steps + now.active
+            moved = self._move(now.state, push, residual, now.best, history)
+            now.state = moved if going == len(residual) else torch.where(now.active.view(lanes), moved, now.state)
+            if among and 2 * going <= len(residual):
+                whole = now if left is None else whole.updated(left, now)
+                some = now.active.nonzero().squeeze(1)
+                left = some if left is None else left[some]
+                now, force = now.take(some), among(left)
+                if history:
+                    history.keep(some)
+        end = now if left is None else whole.updated(left, now)
+        exploded, broken = end.exploded, end.broken
         if self.hindsight:  # what came after the most settled iterate does not count, if there was one
-            exploded, broken = exploded & ~(lowest < first), broken & ~(lowest < first)
+            exploded, broken = exploded & ~(end.lowest < end.first), broken & ~(end.lowest < end.first)
         if broken.any():
             status = Status.NONFINITE
         elif exploded.any():
             status = Status.DIVERGED
         else:
-            status = Status.MAX_STEPS if (lowest > self.tol).any() else Status.CONVERGED
+            status = Status.MAX_STEPS if (end.lowest > self.tol).any() else Status.CONVERGED
+        best = end.best
         if status is Status.CONVERGED:
-            best = state  # the same numbers, and the very tensor of the last evaluation, whose passes may be kept
-        return Solution(best, lowest, steps, rate, count + 1, status, 0 if history is None else history.fallbacks)
+            best = end.state  # the same numbers, and the very tensor of the last evaluation, whose passes may be kept
+        return Solution(best, end.lowest, end.steps, end.rate, math.ceil(evaluated / len(start)), status,
+                        0 if history is None else history.fallbacks)
 
 
 @configuration
@@ -193,6 +242,23 @@ class Anderson(_Solver):
 
     def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "Differences") -> Tensor:
         return _like(history.next(_flat(state), _flat(push), residual, _flat(best)), state)
+
+
+@configuration
+class MixedPrecision(Anderson):
+    """Anderson's method with the first evaluations of a free or adjoint phase in bfloat16, until half of the samples have a
+    residual of at most `coarse`; from there on, and for every sample's last evaluation, in the state's own precision.
+
+    bfloat16 has eight binary digits, so `coarse` is to be above 2^-8 = 4e-3. It pays where the processor multiplies bfloat16
+    faster than float32, costs time where it does not, and is for float32 states in PyTorch: the compiled kernel and float64
+    states compute every evaluation as it is. Contrasted trajectories, whose difference the rounding would drown, are never
+    rounded.
+    """
+
+    kind: Literal["MixedPrecision"] = "MixedPrecision"
+    coarse: Annotated[float, Field(gt=0)] = 1e-2
+
+    in_kernel = False
 
 
 @configuration
@@ -268,7 +334,7 @@ class Substitution(Anderson):
                         sum(part.fallbacks for part in parts))
 
 
-Solver = Annotated[Relaxation | Anderson | FixedHorizon | Snapshot | Substitution, Field(discriminator="kind")]
+Solver = Annotated[Relaxation | Anderson | MixedPrecision | FixedHorizon | Snapshot | Substitution, Field(discriminator="kind")]
 
 
 def _flat(a: Tensor) -> Tensor:
@@ -312,6 +378,12 @@ class Differences:
             moved = torch.baddbmm(moved.unsqueeze(1), self._weights(push).unsqueeze(1), self.moves[:, :self.length],
                                   alpha=-1).squeeze(1)
         return torch.where(stalled.unsqueeze(1), best, moved) if stalled.any() else moved
+
+    def keep(self, samples: Tensor) -> None:
+        """Goes on with these samples only."""
+        self.last = tuple(part[samples] for part in self.last)
+        for name in ("pushes", "moves", "gram", "halvings", "lowest"):
+            setattr(self, name, getattr(self, name)[samples])
 
     def _along(self, a: Tensor) -> Tensor:
         """<df_i, a> of the differences, (B, length)."""

@@ -51,6 +51,15 @@ def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, l
             assert close(grads[name], truth[name], 5e-6), name
 
 
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (127, 7, 33), (300, 100, 64), (128, 48, 80)])
+def test_outer_products_are_summed_over_all_positions(count, rows, columns):
+    """More positions than are summed at once, and numbers of rows and columns that fill no tile."""
+    torch.manual_seed(0)
+    jacobian = kernels.CompiledBlock(system()[0]).linearise(torch.randn(1, 13, 32), torch.randn(1, 13, 32))
+    a, b = torch.randn(count, rows), torch.randn(count, columns)
+    assert close(jacobian._outer(a, b), a.mT @ b)
+
+
 @pytest.mark.parametrize(("batch", "tokens", "causal", "linear"), [(3, 13, True, False), (17, 4, False, False),
                                                                    (17, 4, False, True)])
 def test_several_trajectories_share_a_clamp_and_a_linearisation(batch, tokens, causal, linear):
@@ -149,14 +158,18 @@ def test_the_free_state_brings_its_force_and_its_linearisation(monkeypatch):
 def test_results_do_not_depend_on_threads_or_neighbours():
     block, x = system(64, 4, 40, batch=7)
     solver, threads = Substitution(tol=1e-4, chunk=3), torch.get_num_threads()
-    found = []
+    found, read_out = [], []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with torch.no_grad():
-                found.append(solver.settle(kernels.CompiledBlock(block), x))
+                compiled = kernels.CompiledBlock(block)
+                found.append(solver.settle(compiled, x))
+                read_out.append(compiled.linearise(x, x).contract(x)[0])
     finally:
         torch.set_num_threads(threads)
+    for other in read_out[1:]:
+        assert all(torch.equal(other[name], read_out[0][name]) for name in other)
     for other in found[1:]:
         assert torch.equal(other.value, found[0].value) and torch.equal(other.steps, found[0].steps)
     alone = solver.settle(kernels.CompiledBlock(block), x[4:5])

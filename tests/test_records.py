@@ -1,5 +1,6 @@
 """The run store, profiles, and the command that fills the store."""
 
+import gzip
 import json
 import math
 import shutil
@@ -76,7 +77,8 @@ def test_results_say_nothing_of_time_or_machine(recorded):
     store, run, _ = recorded
     machine = json.loads(next((store.results / "machine").rglob("machine.json")).read_text())
     assert machine["sessions"] == 1 and machine["device"] == "cpu" and machine["seconds"] > 0 and machine["processor"]
-    words = "".join(path.read_text() for path in run.folder.iterdir())
+    read = {".gz": lambda path: gzip.decompress(path.read_bytes()).decode()}
+    words = "".join(read.get(path.suffix, Path.read_text)(path) for path in run.folder.iterdir())
     assert "seconds" not in words and str(store.root) not in words
     assert run.seconds.shape == (run.config.steps,) and (run.seconds > 0).all()
     shutil.rmtree(store.results / "machine")
@@ -159,7 +161,7 @@ def test_a_kill_before_the_metrics_are_written_leaves_no_run(stale, recorded, mo
         patch.setattr(records, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             store.run(wanted)
-    assert {"config.json", "log.csv", "curve.csv", "provenance.json"} <= set(written)
+    assert {"config.json", "log.csv.gz", "curve.csv", "provenance.json"} <= set(written)
     assert Store("x", store.root).find(wanted) is None
     assert "old" not in store.run(wanted).metrics
 
@@ -229,10 +231,12 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*.partial")) == []
 
 
-def test_a_log_comes_back_as_it_was_written(tmp_path):
-    path = tmp_path / "log.csv"
+@pytest.mark.parametrize("name", ["log.csv.gz", "curve.csv"])
+def test_a_log_comes_back_as_it_was_written(name, tmp_path):
+    path = tmp_path / name
     rows = [{"step": 1, "loss": 0.1, "status": "ok"}, {"step": 2, "loss": math.nan, "late": 3.0}]
-    path.write_bytes(records._csv(rows))
+    content = records._csv(rows)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     columns = records._columns(path)
     assert columns["step"].tolist() == [1, 2] and columns["status"].tolist() == ["ok", ""]
     assert np.array_equal(columns["loss"], [0.1, math.nan], equal_nan=True)

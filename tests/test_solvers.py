@@ -1,7 +1,11 @@
 import pytest
 import torch
 
-from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status, norm, relative_force
+import eplib
+from eplib import estimators
+from eplib.blocks import Jacobian
+from eplib.diagnostics import agreement
+from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status, norm, relative_force
 from systems import linear_system, TIGHT, linear_batch, transformer
 
 
@@ -139,6 +143,79 @@ def test_a_stalled_acceleration_halves_its_step_until_relaxation_contracts():
     assert torch.allclose(found.value, exact, atol=1e-6)
     plain = Relaxation(step=0.8, max_steps=400, tol=1e-6).solve(lambda z: z @ matrix.mT + drive, drive)
     assert plain.status is Status.DIVERGED  # else halving shows nothing
+
+
+def test_samples_that_have_settled_leave_the_batch():
+    """Half of it and more at a time; what they have reached and the caller's start stay as they were."""
+    model, inputs, _ = transformer(init=0.5)
+    inputs = torch.cat([inputs, inputs.flip(1)])
+    solver = Anderson(step=0.5, max_steps=100, tol=1e-8)
+    truth = model.settle(inputs, solver)
+    start = truth.value.clone()
+    start[2], start[5], start[6] = 0.1, model.clamp(inputs)[5].detach(), truth.value[6] + 1e-6
+    kept, rows, force = start.clone(), [], model.block.forward
+
+    def counting(z, x):
+        rows.append(len(z))
+        return force(z, x)
+
+    model.block.forward = counting
+    found = model.settle(inputs, solver, start=start)
+    assert rows[0] == 8 and rows[1] == 3 and rows[-1] < 3 and sorted(rows, reverse=True) == rows
+    assert found.evaluations == -(-sum(rows) // 8) < len(rows)
+    assert (found.steps == 0).tolist() == [True, True, False, True, True, False, False, True] and len(rows) == found.steps.max() + 1
+    assert torch.equal(start, kept) and found.status is Status.CONVERGED and (found.residual <= 1e-8).all()
+    assert torch.allclose(found.value, truth.value, atol=1e-6) and torch.equal(found.value[0], truth.value[0])
+    assert torch.allclose(relative_force(force(found.value, model.clamp(inputs)), found.value), found.residual, rtol=1e-4)
+
+
+class Precisions:
+    """Remembers for every force of a block, or transposed product of its Jacobian, whether it was in bfloat16."""
+
+    def __init__(self, monkeypatch, kind, name):
+        self.seen, inner = [], getattr(kind, name)
+
+        def watched(this, *args):
+            self.seen.append(torch.is_autocast_enabled("cpu"))
+            return inner(this, *args)
+
+        monkeypatch.setattr(kind, name, watched)
+
+
+def test_mixed_precision_ends_in_the_states_own_precision(monkeypatch):
+    model, inputs, targets = transformer(init=0.5)
+    model = model.float()
+    truth = model.settle(inputs, Anderson(step=0.5, max_steps=200, tol=1e-6))
+    forces = Precisions(monkeypatch, type(model.block), "forward")
+    found = model.settle(inputs, MixedPrecision(step=0.5, max_steps=200, tol=1e-5))
+    rounded = sum(forces.seen)
+    assert 1 < rounded < len(forces.seen) and forces.seen == [True] * rounded + [False] * (len(forces.seen) - rounded)
+    assert found.status is Status.CONVERGED and torch.allclose(found.value, truth.value, atol=1e-3)
+    with torch.no_grad():
+        left = relative_force(model.block(found.value, model.clamp(inputs)), found.value)
+    assert (left <= 1.01e-5).all() and torch.allclose(left, found.residual, rtol=1e-2)
+    short = model.settle(inputs, MixedPrecision(step=0.5, max_steps=2, tol=1e-5))
+    with torch.no_grad():
+        left = relative_force(model.block(short.value, model.clamp(inputs)), short.value)
+    assert short.status is Status.MAX_STEPS and torch.allclose(left, short.residual, rtol=1e-2)  # of a last, exact evaluation
+    easy = model.settle(inputs, MixedPrecision(step=0.5, tol=0.5))
+    assert (easy.residual <= 0.5).all() and easy.evaluations > 1 and forces.seen[-1] is False
+
+
+def test_mixed_precision_gives_the_same_gradient_and_never_rounds_a_contrast(monkeypatch):
+    model, inputs, targets = transformer(init=0.5)
+    model = model.float()
+    solvers = [{"solver": kind(step=0.5, max_steps=200, tol=1e-5), "nudged": kind(step=0.5, max_steps=200, tol=1e-3)}
+               for kind in (Anderson, MixedPrecision)]
+    back = Precisions(monkeypatch, Jacobian, "transposed")
+    for estimator in (estimators.DyadicEP(), estimators.AsymEP(beta=0.01)):
+        exact, ours = (eplib.gradient(model, inputs, targets, estimator=estimator, **chosen) for chosen in solvers)
+        assert any(back.seen) == isinstance(estimator, estimators.DyadicEP)
+        assert agreement(ours.grads, exact.grads)["total"].cosine > 0.9999 and (ours.nudged.residual <= 1e-3).all()
+        back.seen.clear()
+    wide, inputs, _ = transformer(init=0.5)  # float64 is never rounded
+    one, other = (wide.settle(inputs, kind(step=0.5, max_steps=200, tol=1e-9)) for kind in (Anderson, MixedPrecision))
+    assert torch.allclose(one.value, other.value, atol=1e-8) and (other.residual <= 1e-9).all()
 
 
 def test_a_fixed_horizon_takes_its_steps_whatever_the_residual():

@@ -126,7 +126,7 @@ def test_a_run_out_of_time_goes_on_bit_identical(changes, corpus, tmp_path, monk
     assert sessions(pieces) == 3 and sessions(whole) == 1
     assert outcome(pieces) == outcome(whole)
     assert {Path(name).name for name in outcome(whole)} == {
-        "log.csv", "curve.csv", "metrics.json", "config.json", "provenance.json", "step-000002.safetensors",
+        "log.csv.gz", "curve.csv", "metrics.json", "config.json", "provenance.json", "step-000002.safetensors",
         "step-000006.safetensors"}
     assert not list((pieces / "checkpoints").rglob("*.safetensors"))
 

@@ -255,14 +255,21 @@ class CompiledJacobian:
         back = self.solved[1] if self.solved and self.solved[0] is u else self._back(_plain(u))[1]
         layers, width = self.compiled.block.layers, self.compiled.width
         back = back.flatten(0, -2)
-        into, sums = back.mT @ self.cache.n, back.sum(0)  # (3 C + E, C): gradient of the folded weights; and of the bias
+        into, sums = self._outer(back, self.cache.n), back.sum(0)  # (3 C + E, C): gradient of the folded weights; and of the bias
         found = {}
         for norm, layer, part in (("ln1", "qkv", slice(None, 3 * width)), ("ln2", "w1", slice(3 * width, None))):
             weight, gain, bias = getattr(layers, layer).weight, getattr(layers, norm).weight, getattr(layers, norm).bias
             found |= {f"layers.{norm}.weight": (weight * into[part]).sum(0), f"layers.{norm}.bias": sums[part] @ weight,
                       f"layers.{layer}.weight": into[part] * gain + torch.outer(sums[part], bias)}
-        out = u.flatten(0, -2).mT @ self.cache.out
+        out = self._outer(_plain(u).flatten(0, -2), self.cache.out)
         return found | {"layers.wo.weight": out[:, :width], "layers.w2.weight": out[:, width:]}, u
+
+    def _outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sum over all positions of a b^T: (N, n), (N, m) -> (n, m)."""
+        to = torch.empty(a.shape[1], self.compiled.library.eplib_padded(b.shape[1]))
+        self.compiled.library.eplib_outer(len(a), a.shape[1], b.shape[1], _pointer(a), _pointer(b), _pointer(to),
+                                          torch.get_num_threads())
+        return to[:, :b.shape[1]]
 
 
 def _settings(solver: Solver, z: Tensor) -> Any:

@@ -162,6 +162,38 @@ static void multiply(int rows, int inner, int columns, const float *const *x, co
         }
 }
 
+// to (R rows, a panel) += sum over k < count of a_k b_k^T, a_k the R numbers from a + k * lda, b packed.
+template <int R>
+static inline void outer(int count, const float *a, int lda, const float *b, float *to, int ldt) {
+    vec sum[R][2];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) sum[r][v] = at(to + r * ldt + v * LANES);
+    for (int k = 0; k < count; k++, a += lda, b += PANEL)
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < 2; v++) sum[r][v] += a[r] * at(b + v * LANES);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) at(to + r * ldt + v * LANES) = sum[r][v];
+}
+
+// Rows begin..end of to (A, padded B) = sum over k < count of a_k b_k^T, a (count, A) and b (count, B). Few k at a time, so that
+// what is summed over stays in the fastest caches; each sum runs over k in the same order whatever the rows beside it.
+static void outer_products(int count, int A, int B, const float *a, const float *b, int begin, int end, float *to) {
+    constexpr int TERMS = 128;
+    const int wide = padded(B);
+    std::vector<float> panel(TERMS * PANEL);
+    std::fill(to + size_t(begin) * wide, to + size_t(end) * wide, 0.f);
+    for (int k = 0; k < count; k += TERMS) {
+        const int terms = std::min(TERMS, count - k);
+        for (int j = 0; j < wide; j += PANEL) {
+            for (int i = 0; i < terms; i++) std::copy_n(b + size_t(k + i) * B + j, std::min(PANEL, B - j), &panel[i * PANEL]);
+            int r = begin;
+            for (; r + 6 <= end; r += 6)
+                outer<6>(terms, a + size_t(k) * A + r, A, panel.data(), to + size_t(r) * wide + j, wide);
+            for (; r < end; r++) outer<1>(terms, a + size_t(k) * A + r, A, panel.data(), to + size_t(r) * wide + j, wide);
+        }
+    }
+}
+
 template <class Entry>
 static float *pack(int inner, int columns, float *to, Entry entry) {
     for (int j = 0; j < padded(columns); j += PANEL)
@@ -788,6 +820,15 @@ void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, i
     in_groups(*s, packed, *cache, samples, repeat, to, threads, [&](Pass &pass, const auto &rows, const auto &at) {
         pass.transposed(rows, [&](int i) { return u + at[i]; }, [&](int i) { return back + at[i] / s->width * pass.N; },
                         [](int) { return 0; });
+    });
+}
+
+// to (A, padded B) = sum over k < count of a_k b_k^T, for a (count, A) and b (count, B): the read-out.
+void eplib_outer(int count, int A, int B, const float *a, const float *b, float *to, int threads) {
+    constexpr int STRIPE = 48;
+    std::atomic<int> next{0};
+    parallel(std::max(1, std::min(threads, (A + STRIPE - 1) / STRIPE)), [&] {
+        for (int r; (r = STRIPE * next++) < A;) outer_products(count, A, B, a, b, r, std::min(A, r + STRIPE), to);
     });
 }
 
