@@ -378,26 +378,38 @@ class SequentialSlope:
 
 
 class AutomaticSlope:
-    """J = dF/dz of any block by automatic differentiation, for blocks without a derivative by hand; one graph of depth one."""
+    """J = dF/dz of any block by automatic differentiation, for blocks without a derivative by hand. One graph of depth one is
+    kept, so that a product with J^T is one backward pass."""
 
     def __init__(self, block: nn.Module, z: Tensor, x: Tensor):
         self.block, self.z, self.x = block, z, x
+        self.graph: tuple[Tensor, Tensor, Tensor] | None = None
 
     def product(self, v: Tensor) -> Tensor:
         at = self.z.expand_as(v).contiguous(), v.contiguous()  # no two entries of a dual tensor may share memory
         return torch.func.jvp(lambda z: self.block(z, self.x), at[:1], at[1:])[1]
 
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """z, x and F(z, x) with its graph."""
+        if self.graph is None:
+            with torch.enable_grad():
+                z, x = (part.detach().requires_grad_() for part in (self.z, self.x))
+                self.graph = z, x, self.block(z, x)
+        return self.graph
+
     def transposed(self, u: Tensor) -> Tensor:
         keep = torch.is_grad_enabled()
+        if not keep and u.shape == self.z.shape:
+            z, _, force = self._kept()
+            return torch.autograd.grad(force, z, u, retain_graph=True)[0]
         with torch.enable_grad():
             z = self.z.expand_as(u).detach().requires_grad_()
             return torch.autograd.grad(self.block(z, self.x), z, u, create_graph=keep)[0]
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Gradient of <u, F> in the block's weights by name, and in x."""
-        with torch.enable_grad():
-            x = self.x.detach().requires_grad_()
-            parameters = dict(self.block.named_parameters())
-            found = torch.autograd.grad((self.block(self.z, x) * u).sum(), [*parameters.values(), x], allow_unused=True,
-                                        materialize_grads=True)
+        _, x, force = self._kept()
+        parameters = {name: value for name, value in self.block.named_parameters() if value.requires_grad}
+        found = torch.autograd.grad(force, [*parameters.values(), x], u, retain_graph=True, allow_unused=True,
+                                    materialize_grads=True)
         return dict(zip(parameters, found, strict=False)), found[-1]
