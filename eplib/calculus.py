@@ -88,12 +88,14 @@ def merge_heads(a: Tensor) -> Tensor:
 def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(D)) (..., H, T, T); for complex q, k the ratio of exponentials, with a pole where their sum is
     zero."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+    if not scores.is_complex():
+        if causal:  # adding takes less time than filling
+            scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+        return scores.softmax(-1)
     if causal:
         future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
-    if not scores.is_complex():
-        return scores.softmax(-1)
     raised = (scores - scores.real.amax(-1, keepdim=True)).exp()
     return raised / raised.sum(-1, keepdim=True)
 
@@ -143,8 +145,8 @@ class Sublayers(nn.Module):
         if self.linear:
             q, k = features(q), features(k)
             mixed = q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
-        elif z.is_complex():
-            mixed = attention_weights(q, k, self.causal) @ v
+        elif z.is_complex() or q.dtype is torch.bfloat16 and q.device.type == "cpu":
+            mixed = attention_weights(q, k, self.causal) @ v  # in bfloat16 the fused form takes longer on a CPU
         else:
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return linear(self.wo, merge_heads(mixed))

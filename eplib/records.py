@@ -34,7 +34,7 @@ from . import data
 from .config import ConfigurationError, digest, parse, plain
 from .diagnostics import adaptive_compute
 from .models import Backend, EquilibriumModel
-from .solvers import Substitution
+from .solvers import FixedHorizon, Substitution
 from .training import EXCURSION, Progress, RunConfig, Text, Trainer, build_model, build_task, evaluate, fastest_backend, \
     show_on_terminal, write_atomically
 
@@ -296,7 +296,8 @@ class Store:
 
 
 def summarise(trainer: Trainer, progress: Progress) -> dict:
-    """The metrics of a finished run: whole validation split with the training solver and at the converged fixed point."""
+    """The metrics of a finished run on the whole validation split: with the training solver, at the converged fixed point, and the
+    loss of the start state, the solver removed."""
     config, model = trainer.config, trainer.average
     excursions = [row["step"] for row in progress.rows if not row["free_residual_max"] <= EXCURSION]
     best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
@@ -310,6 +311,7 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
                "parameters": sum(p.numel() for p in model.parameters())}
     if not model.block.explicit:
         metrics["converged"] = evaluate(model, trainer.task, CONVERGED, backend=trainer.backend)
+        metrics["solver_removed"] = evaluate(model, trainer.task, FixedHorizon(steps=0), backend=trainer.backend)["loss"]
     if config.adaptive:
         metrics["adaptive"] = {name: adaptive_compute(model, trainer.task.validation(), config.solver.step, noise=noise)
                                for name, noise in (("clean", 0.0), ("noisy", NOISE))}

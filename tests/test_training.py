@@ -509,6 +509,10 @@ def test_every_architecture_trains_under_the_penalty_and_is_evaluated(block, roo
     assert run.curve["loss"][-1] < run.curve["loss"][0]
     assert run.metrics["converged"]["residual_max"] < 1e-3 and np.isfinite(run.log["asymmetry"][[19, 39]]).all()
     assert np.isfinite(run.log["rate_probe"]).all()
+    model, task = run.model(root=root / "data"), training.build_task(run.config, root / "data")
+    with torch.no_grad():  # the start state alone is read out
+        losses = [model.loss(model.block.output(model.block.start(model.clamp(inputs))), targets) for inputs, targets in task.validation()]
+    assert math.isclose(run.metrics["solver_removed"], torch.cat(losses).double().mean().item(), rel_tol=1e-6)
 
 
 def test_excursions_are_steps_above_a_tenth_and_not_finite_ones(root, tmp_path):
