@@ -106,9 +106,9 @@ def fastest() -> str:
 class UncachedSlope(AutomaticSlope):
     """Without a graph that is kept from one product to the next."""
 
-    def transposed(self, u: Tensor) -> Tensor:
-        self.graph = None
-        return super().transposed(u)
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        once, self.graph = super()._kept(), None
+        return once
 
 
 class Uncached(EquilibriumBlock):
