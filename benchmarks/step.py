@@ -108,7 +108,7 @@ class UncachedSlope(AutomaticSlope):
 
     def transposed(self, u: Tensor) -> Tensor:
         with torch.enable_grad():
-            z = self.z.detach().requires_grad_()
+            z = self.z.expand_as(u).detach().requires_grad_()
             return torch.autograd.grad(self.block(z, self.x), z, u)[0]
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
