@@ -1,6 +1,7 @@
 """The run store: what was trained, with which configuration and by which source, and the results that notebooks write.
 
     results/<profile>/runs/<experiment>/<name>-<digest>/    config.json metrics.json log.csv.gz curve.csv provenance.json
+                                                            (sample.txt, horizon.json where they were asked for)
     results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors
     results/<profile>/machine/runs/<experiment>/<name>-<digest>/ machine.json timing.csv   (times and host, kept apart)
 
@@ -32,9 +33,10 @@ from safetensors.torch import load_file
 
 from . import data
 from .config import ConfigurationError, digest, parse, plain
-from .diagnostics import adaptive_compute
+from .diagnostics import adaptive_compute, agreement, without_readout
+from .estimators import BPTT, DyadicEP, gradient
 from .models import Backend, EquilibriumModel
-from .solvers import FixedHorizon, Substitution
+from .solvers import Anderson, FixedHorizon, Relaxation, Substitution
 from .training import EXCURSION, Progress, RunConfig, Text, Trainer, build_model, build_task, evaluate, fastest_backend, \
     show_on_terminal, write_atomically
 
@@ -195,6 +197,37 @@ class Run:
         path = self.folder / "sample.txt"
         return path.read_text(encoding="utf-8") if path.exists() else None
 
+    def horizon(self, steps: Iterable[int], root: Path = ROOT / "data") -> list[dict[str, float]]:
+        """The horizon that BPTT needs at the last weights, on the batch after the run's last: a row for each number of steps.
+
+        `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's step; `cosine` and `ratio` of BPTT's
+        gradient over them (block and embeddings) to that of the settled phases, whose own free residual is `settled`.
+        Raises FileNotFoundError without weights here.
+        """
+        model, step = self.model(root=root), self.config.solver.step
+        batch = build_task(self.config, root).batch(self.config.steps)
+        exact = gradient(model, *batch, estimator=DyadicEP(), solver=Anderson(step=step, max_steps=200, tol=1e-6),
+                         nudged=Anderson(step=step, max_steps=200, tol=1e-5))
+        rows = []
+        for count in steps:
+            found = gradient(model, *batch, estimator=BPTT(steps=count), solver=Relaxation(step=step))
+            agreed = agreement(without_readout(found.grads), without_readout(exact.grads))["total"]
+            rows.append({"steps": count, "residual": found.free.residual.max().item(), "cosine": agreed.cosine,
+                         "ratio": agreed.ratio, "settled": exact.free.residual.max().item()})
+        return rows
+
+    def record_horizon(self, steps: Iterable[int], root: Path = ROOT / "data") -> Path:
+        """Keeps `horizon` with the run's results, where it travels as the weights do not."""
+        path = self.folder / "horizon.json"
+        write_atomically(path, _json(self.horizon(steps, root)))
+        return path
+
+    @property
+    def recorded_horizon(self) -> list[dict[str, float]] | None:
+        """What `record_horizon` kept."""
+        path = self.folder / "horizon.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
 
 def _generate(model: EquilibriumModel, config: RunConfig, prompt: str, tokens: int, temperature: float, seed: int,
               root: Path) -> str:
@@ -256,7 +289,8 @@ class Store:
                                                         for i, s in enumerate(progress.seconds)]))
         write_atomically(elsewhere / "machine.json", _json(machine() | {
             "device": device, "seconds": sum(progress.seconds), "sessions": progress.sessions}))
-        (run.folder / "metrics.json").unlink(missing_ok=True)  # of older source: a kill from here on leaves no mixture
+        for name in ("metrics.json", "horizon.json"):  # of older source: a kill from here on leaves no mixture
+            (run.folder / name).unlink(missing_ok=True)
         write_atomically(run.folder / "config.json", _json(plain(config)))
         # one row a step, a third of the size; without a time, so that equal logs are equal files
         write_atomically(run.folder / "log.csv.gz", gzip.compress(_csv(progress.rows), mtime=0))

@@ -21,7 +21,7 @@ from eplib import data, diagnostics, records
 from eplib.config import ConfigurationError, digest, plain
 from eplib.records import Run, Store, configurations
 from eplib.training import OutOfTime, Optimiser
-from pipelines import stages, train
+from pipelines import horizon, stages, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
 COMMON = """
@@ -502,6 +502,31 @@ def test_text_is_generated_from_a_stored_checkpoint_and_travels_with_a_run_whose
     assert travelled.sample == drawn
     with pytest.raises(FileNotFoundError, match="train the run here"):
         travelled.generate(root=data_folder)
+
+
+def test_the_horizon_of_bptt_is_measured_where_the_weights_are_and_travels_with_the_run(root, monkeypatch, capsys):
+    store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
+    run = store.run(wanted)
+    assert run.recorded_horizon is None
+    near, far = run.horizon((1, 60), root=root / "data")
+    assert (near["steps"], far["steps"]) == (1, 60) and far["settled"] < 1e-5
+    assert far["cosine"] > 1 - 1e-6 and abs(far["ratio"] - 1) < 1e-4 and far["residual"] < 1e-5  # a long horizon is the settled gradient
+    assert near["residual"] > 100 * far["residual"] and near["cosine"] < far["cosine"]
+    monkeypatch.setattr(horizon, "Store", lambda profile: Store(profile, root))
+    monkeypatch.setattr(horizon, "load_profile", lambda profile: records.load_profile(profile, root))
+    ask = ["--profile", "x", "--experiment", "tiny", "--steps"]
+    assert horizon.main([*ask, "1", "60"]) == 0 and run.recorded_horizon == [near, far]
+    assert horizon.main([*ask, "2"]) == 0 and run.recorded_horizon == [near, far]  # what is recorded stays
+    assert "steps 60" in capsys.readouterr().out
+    shutil.rmtree(run.weights_folder)
+    assert run.recorded_horizon == [near, far]
+    with pytest.raises(FileNotFoundError, match="train the run here"):
+        run.horizon((1,), root=root / "data")
+    assert horizon.main([*ask, "1"]) == 1 and "no recorded run of tiny" in capsys.readouterr().err
+    for wrong, said in ((["0"], "at least one step; got 0"), (["1", "--experiment", "none"], "has no runs for 'none'")):
+        assert horizon.main([*ask, *wrong]) == 2 and said in capsys.readouterr().err
+    (run.folder / "metrics.json").unlink()  # trained again: the old weights' horizon does not stay with the new ones
+    assert store.run(wanted).recorded_horizon is None
 
 
 def test_what_never_ran_has_not_stayed_stable():
