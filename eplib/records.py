@@ -17,6 +17,7 @@ import math
 import platform
 import re
 import shutil
+import statistics
 import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -378,6 +379,12 @@ def mean_loss(arms: dict[str, list[Run]], arm: str, metric: str = "loss") -> flo
     """Mean of a final metric over an arm's seeds; None if the arm is missing or a run has no finite value."""
     values = [run.metrics["final"][metric] for run in arms.get(arm, ())]
     return None if not values or None in values else sum(values) / len(values)
+
+
+def spread(arms: dict[str, list[Run]], arm: str, metric: str = "loss") -> float | None:
+    """Standard deviation of a final metric over an arm's seeds; None below two seeds or if a run has no finite value."""
+    values = [run.metrics["final"][metric] for run in arms.get(arm, ())]
+    return None if len(values) < 2 or None in values else statistics.stdev(values)
 
 
 def differences(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> list[float]:

@@ -269,6 +269,8 @@ def test_arms_are_compared_at_their_best_rate_and_seed_by_seed():
     assert list(arms) == ["ep", "bp"] and arms["ep"] == runs[:2] and arms["bp"] == runs[5:]
     assert records.mean_loss(arms, "ep") == 2.5 and records.mean_loss(arms, "no") is None
     assert records.mean_loss({"ep": runs[2:4]}, "ep") is None
+    assert records.spread(arms, "ep") == pytest.approx(0.5 ** 0.5)
+    assert records.spread({"ep": runs[:1]}, "ep") is None and records.spread({"ep": runs[2:4]}, "ep") is None
     assert records.paired(arms, "ep", "bp") == pytest.approx(((2.0 - 1.5) + (3.0 - 1.0)) / 2)
     assert records.paired({"ep": runs[:1], "bp": runs[5:6]}, "ep", "bp") is None
 
