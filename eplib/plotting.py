@@ -44,7 +44,7 @@ METHODS: dict[str, tuple[str, str, Line]] = {
     "attractor": ("Attractor, backbone + head", PALETTE[0], "-"),
     "layered": ("Layered, by EP", PALETTE[3], "-"),
     "layered_backprop": ("its twin, by backprop", "#262626", "--"),
-    "layered_bptt": ("Layered, by BPTT", PALETTE[6], ":"),
+    "layered_bptt": ("Layered, by BPTT", "#7f7f7f", "-."),
     "uncontrolled": ("no controller", PALETTE[4], ":"),
     "norm": ("Jacobian norm", PALETTE[7], "-"),
     "norm_driven": ("Jacobian norm, residual-driven", PALETTE[7], "--"),
