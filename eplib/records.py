@@ -369,10 +369,11 @@ def best_of_grid(runs: list[Run]) -> dict[str, list[Run]]:
     return {arm: min(rates.values(), key=score) for arm, rates in grid.items()}
 
 
-def excursions(runs: Iterable[Run]) -> int | None:
-    """Training steps with an excursion, over all runs; None without a run: what never ran has not stayed stable."""
+def excursions(runs: Iterable[Run], absent: Iterable[str] = ()) -> int | None:
+    """Training steps with an excursion, over all runs. None without a run, or if there is none yet but an arm is `absent`: what
+    never ran has not stayed stable."""
     found = [run.metrics["excursions"] for run in runs]
-    return sum(found) if found else None
+    return None if not found or (not sum(found) and list(absent)) else sum(found)
 
 
 def mean_loss(arms: dict[str, list[Run]], arm: str, metric: str = "loss") -> float | None:

@@ -239,6 +239,15 @@ def test_with_results_nothing_is_missing_and_the_pdf_has_the_same_bytes_each_tim
     assert not paper.up_to_date("quick", tree)
 
 
+def test_a_rounded_value_keeps_its_digits_and_a_whole_one_has_no_point(tree):
+    helpers = (tree / "paper" / "main.typ").read_text().split("// --- layout")[0]
+    shown = ", ".join(f"padded(number({value}, digits: {digits}), {digits})" for value, digits in ((68.51, 0), (1.0, 3), (2.5, 1)))
+    common.write_text(tree / "paper" / "main.typ", f"{helpers}\n#metadata(({shown})) <shown>\n")
+    draft = tree / "paper" / "draft.json"
+    common.write_text(draft, paper.full_content("quick", tree))
+    assert json.loads(paper.compile_with(draft, tree, query="<shown>")) == [["69", "1.000", "2.5"]]
+
+
 def test_a_fault_in_the_text_is_reported(tree):
     (tree / "paper" / "main.typ").write_text("#unknown-function()")
     with pytest.raises(PipelineError, match="unknown"):

@@ -535,3 +535,4 @@ def test_what_never_ran_has_not_stayed_stable():
     runs = [SimpleNamespace(metrics={"excursions": count}) for count in (0, 3)]
     assert records.excursions(runs) == 3 and records.excursions(runs[:1]) == 0
     assert records.excursions([]) is None
+    assert records.excursions(runs[:1], absent=["thin"]) is None and records.excursions(runs, absent=["thin"]) == 3
