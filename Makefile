@@ -70,6 +70,7 @@ smoke: setup kernel  ## run every stage at toy size in a scratch folder (at most
 	python -m pipelines.smoke
 
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
+	python -m pipelines.data tinyshakespeare-chars
 	dvc repro pipelines/paper/dvc.yaml
 	python -m pipelines.verify --profile paper
 
@@ -77,6 +78,7 @@ paper: setup  ## bring the paper profile up to date from its recorded runs (pyth
 REDRAWN := $(patsubst notebooks/%.ipynb,notebook-%,$(wildcard notebooks/*.ipynb)) claims paper report
 
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
+	python -m pipelines.data tinyshakespeare-chars
 	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
 
 bench: setup kernel  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (10 to 20 minutes, idle machine)
