@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .calculus import AutomaticSlope, ParallelSlope, Prefix, SequentialSlope, ShapeError, Sublayers, \
-    attention_weights, features, gelu, merge_heads, split_heads, standardise, standardise_slope
+    ThinSlope, attend, attention_weights, features, gelu, merge_heads, split_heads, standardise, standardise_slope
 from .config import configuration
 
 GELU_STEEPEST = 1.129  # largest slope of tanh-GELU, 1.12897 near h = 1.42
@@ -54,10 +54,11 @@ class Dynamical(nn.Module):
 
 
 class Jacobian:
-    """J = dF/dz of `EquilibriumBlock` at a state, by hand."""
+    """J = dF/dz by hand of a block F = x - decay z + f(z) at a state, from the derivative `inner` of f. owner: prefix of its
+    weights' names in the block."""
 
-    def __init__(self, layers: Sublayers, z: Tensor, decay: float):
-        self.inner, self.decay = ParallelSlope(layers, z), decay
+    def __init__(self, inner: ParallelSlope | ThinSlope, decay: float, owner: str):
+        self.inner, self.decay, self.owner = inner, decay, owner
 
     def product(self, v: Tensor) -> Tensor:
         return self.inner.product(v) - self.decay * v
@@ -70,7 +71,7 @@ class Jacobian:
         return self.inner.transposed(u) - self.decay * u
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        return {f"layers.{name}": value for name, value in self.inner.contract(u).items()}, u
+        return {f"{self.owner}{name}": value for name, value in self.inner.contract(u).items()}, u
 
 
 class EquilibriumBlock(Dynamical):
@@ -85,7 +86,7 @@ class EquilibriumBlock(Dynamical):
         return x - (1 + self.damping) * z + self.layers.parallel(z)
 
     def linearise(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(self.layers, z, 1 + self.damping)
+        return Jacobian(ParallelSlope(self.layers, z), 1 + self.damping, "layers.")
 
     def prefix(self) -> Prefix | None:
         return Prefix(self.layers, 1 + self.damping) if self.layers.causal else None
@@ -195,6 +196,8 @@ class ThinBlock(Dynamical):
     """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (002,
     "thin")."""
 
+    qk_norm = False  # queries and keys enter as they are
+
     def __init__(self, width: int, heads: int, expansion: int, causal: bool, init: float, damping: float):
         super().__init__()
         self.heads, self.causal, self.damping = heads, causal, damping
@@ -206,8 +209,11 @@ class ThinBlock(Dynamical):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         n, inverse = standardise(z)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(n).chunk(3, -1))
-        attention = self.wo(merge_heads(attention_weights(q, k, self.causal) @ v))
+        attention = self.wo(merge_heads(attend(q, k, v, self.causal)))
         return x - (1 + self.damping) * z + attention + standardise_slope(self.memory(n), n, inverse)
+
+    def linearise(self, z: Tensor, x: Tensor) -> Jacobian:
+        return Jacobian(ThinSlope(self, z), 1 + self.damping, "")
 
 
 class EnergyBlock(Dynamical):

@@ -13,6 +13,7 @@ differentiable in the weights, which is how a penalty on J v gets its gradient f
 
 import math
 import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -100,6 +101,13 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return raised / raised.sum(-1, keepdim=True)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, (..., H, T, D): `attention_weights` times v, fused where that is faster."""
+    if q.is_complex() or q.dtype is torch.bfloat16 and q.device.type == "cpu":  # in bfloat16 it takes longer on a CPU
+        return attention_weights(q, k, causal) @ v
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
 def features(h: Tensor) -> Tensor:
     """Positive features elu(h) + 1 of linear attention; their slope is min(features, 1)."""
     return functional.elu(h) + 1
@@ -145,10 +153,8 @@ class Sublayers(nn.Module):
         if self.linear:
             q, k = features(q), features(k)
             mixed = q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
-        elif z.is_complex() or q.dtype is torch.bfloat16 and q.device.type == "cpu":
-            mixed = attention_weights(q, k, self.causal) @ v  # in bfloat16 the fused form takes longer on a CPU
         else:
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            mixed = attend(q, k, v, self.causal)
         return linear(self.wo, merge_heads(mixed))
 
     def network(self, z: Tensor) -> Tensor:
@@ -207,14 +213,13 @@ class Kept:
 
 
 class AttentionSlope(Kept):
-    """Derivative of n -> Attn(n * gain + bias) at a standardised state n (..., T, C), everything direction-independent
-    cached."""
+    """Derivative of Attn at its normalised input a (..., T, C), everything direction-independent cached."""
 
-    def __init__(self, layers: Sublayers, n: Tensor):
-        self.layers, self.n = layers, n
-        self.a = n * layers.ln1.weight + layers.ln1.bias
+    def __init__(self, layers: Any, a: Tensor):
+        """layers: what holds qkv, wo, heads, causal and qk_norm: `Sublayers` or a block."""
+        self.layers, self.a = layers, a
         # contiguous once, as every product with them would make them
-        q, k, self.v = (split_heads(part, layers.heads).contiguous() for part in layers.qkv(self.a).chunk(3, -1))
+        q, k, self.v = (split_heads(part, layers.heads).contiguous() for part in layers.qkv(a).chunk(3, -1))
         self.q_inverse = self.k_inverse = None
         if layers.qk_norm:
             (q, self.q_inverse), (k, self.k_inverse) = unit_rms(q), unit_rms(k)
@@ -223,19 +228,19 @@ class AttentionSlope(Kept):
         self.weights = attention_weights(q, k, layers.causal)
         self.mixed = self.weights @ self.v  # (..., H, T, D)
 
-    def product(self, dn: Tensor) -> Tensor:
+    def product(self, da: Tensor) -> Tensor:
         layers = self.layers
-        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
+        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(da).chunk(3, -1))
         if layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
         ds = self.weights * (dq @ self.k_scaled.mT + self.q_scaled @ dk.mT)  # (..., H, T, T)
         # the softmax's slope is ds - weights * rowsum(ds), and weights @ v is known
         return layers.wo(merge_heads(ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + self.weights @ dv))
 
-    def token_product(self, dn: Tensor) -> Tensor:
+    def token_product(self, da: Tensor) -> Tensor:
         """What each token's own change does to itself: the diagonal blocks over tokens."""
         layers = self.layers
-        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
+        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(da).chunk(3, -1))
         if layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
         ds = self.weights * (dq @ self.k_scaled.mT)  # its query meets all keys
@@ -255,22 +260,18 @@ class AttentionSlope(Kept):
         return torch.cat([merge_heads(part) for part in (dq, dk, dv)], -1)
 
     def transposed(self, u: Tensor) -> Tensor:
-        return self._back(u) @ self.layers.qkv.weight * self.layers.ln1.weight
+        return self._back(u) @ self.layers.qkv.weight
 
     def contract(self, u: Tensor) -> dict[str, Tensor]:
-        back = self._back(u)
-        da = back @ self.layers.qkv.weight
-        return {"ln1.weight": positions(da * self.n), "ln1.bias": positions(da), "qkv.weight": outer(back, self.a),
-                "wo.weight": outer(u, merge_heads(self.mixed))}
+        return {"qkv.weight": outer(self._back(u), self.a), "wo.weight": outer(u, merge_heads(self.mixed))}
 
 
 class LinearAttentionSlope(AttentionSlope):
     """The same for linear attention, o = q M / (q s) with the memory M = k^T v and s = sum k of features q, k."""
 
-    def __init__(self, layers: Sublayers, n: Tensor):
-        self.layers, self.n = layers, n
-        self.a = n * layers.ln1.weight + layers.ln1.bias
-        q, k, self.v = (split_heads(part, layers.heads) for part in layers.qkv(self.a).chunk(3, -1))
+    def __init__(self, layers: Sublayers, a: Tensor):
+        self.layers, self.a = layers, a
+        q, k, self.v = (split_heads(part, layers.heads) for part in layers.qkv(a).chunk(3, -1))
         self.q, self.k = features(q), features(k)
         self.q_slope, self.k_slope = self.q.clamp(max=1), self.k.clamp(max=1)
         self.memory, self.total = self.k.mT @ self.v, self.k.sum(-2, keepdim=True)  # (..., H, D, D), (..., H, 1, D)
@@ -282,19 +283,19 @@ class LinearAttentionSlope(AttentionSlope):
         """The attention weights that it amounts to, (..., H, T, T)."""
         return self.q @ self.k.mT * self.inverse
 
-    def _moved(self, dn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _moved(self, da: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layers = self.layers
-        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1))
+        dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(da).chunk(3, -1))
         return dq * self.q_slope, dk * self.k_slope, dv
 
-    def product(self, dn: Tensor) -> Tensor:
-        dq, dk, dv = self._moved(dn)
+    def product(self, da: Tensor) -> Tensor:
+        dq, dk, dv = self._moved(da)
         up = dq @ self.memory + self.q @ (dk.mT @ self.v + self.k.mT @ dv)
         down = (dq * self.total + self.q * dk.sum(-2, keepdim=True)).sum(-1, keepdim=True)
         return self.layers.wo(merge_heads((up - down * self.mixed) * self.inverse))
 
-    def token_product(self, dn: Tensor) -> Tensor:
-        dq, dk, dv = self._moved(dn)
+    def token_product(self, da: Tensor) -> Tensor:
+        dq, dk, dv = self._moved(da)
         met, own = ((self.q * part).sum(-1, keepdim=True) for part in (dk, self.k))
         up = dq @ self.memory + met * self.v + own * dv
         down = (dq * self.total).sum(-1, keepdim=True) + met
@@ -310,28 +311,79 @@ class LinearAttentionSlope(AttentionSlope):
 
 
 class NetworkSlope(Kept):
-    """Derivative of n -> FFN(n * gain + bias) at a standardised state n (..., T, C)."""
+    """Derivative of FFN at its normalised input a (..., T, C)."""
 
-    def __init__(self, layers: Sublayers, n: Tensor):
-        self.layers, self.n = layers, n
-        self.hidden = layers.w1(n * layers.ln2.weight + layers.ln2.bias)  # (..., T, expansion C)
+    def __init__(self, layers: Sublayers, a: Tensor):
+        self.layers, self.a = layers, a
+        self.hidden = layers.w1(a)  # (..., T, expansion C)
         self.slope = gelu_slope(self.hidden)
 
-    def product(self, dn: Tensor) -> Tensor:
-        return self.layers.w2(self.layers.w1(dn * self.layers.ln2.weight) * self.slope)
+    def product(self, da: Tensor) -> Tensor:
+        return self.layers.w2(self.layers.w1(da) * self.slope)
 
     def _backward(self, u: Tensor) -> Tensor:
         return (u @ self.layers.w2.weight).mul_(self.slope)
 
     def transposed(self, u: Tensor) -> Tensor:
-        return self._back(u) @ self.layers.w1.weight * self.layers.ln2.weight
+        return self._back(u) @ self.layers.w1.weight
 
     def contract(self, u: Tensor) -> dict[str, Tensor]:
-        dh = self._back(u)
-        da = dh @ self.layers.w1.weight
-        return {"ln2.weight": positions(da * self.n), "ln2.bias": positions(da),
-                "w1.weight": outer(dh, self.n * self.layers.ln2.weight + self.layers.ln2.bias),
-                "w2.weight": outer(u, gelu(self.hidden))}
+        return {"w1.weight": outer(self._back(u), self.a), "w2.weight": outer(u, gelu(self.hidden))}
+
+
+class Normalised:
+    """Derivative of n -> branch(n * gain + bias) at a standardised state n (..., T, C), gain and bias being those of a
+    LayerNorm."""
+
+    def __init__(self, branch: type, layers: Sublayers, name: str, n: Tensor):
+        """branch: the derivative of what follows the LayerNorm `name` of the layers."""
+        self.name, self.n, norm = name, n, getattr(layers, name)
+        self.gain, self.branch = norm.weight, branch(layers, n * norm.weight + norm.bias)
+
+    def product(self, dn: Tensor) -> Tensor:
+        return self.branch.product(dn * self.gain)
+
+    def token_product(self, dn: Tensor) -> Tensor:
+        return self.branch.token_product(dn * self.gain)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self.branch.transposed(u) * self.gain
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        da = self.branch.transposed(u)
+        return {f"{self.name}.weight": positions(da * self.n), f"{self.name}.bias": positions(da)} | self.branch.contract(u)
+
+
+class MemorySlope(Kept):
+    """Derivative of z -> dn/dz m at a state (..., T, C), m = W^T relu(W n), n = LN z without gain: minus the Hessian of a
+    memory's energy, therefore symmetric, and of each token apart."""
+
+    def __init__(self, weight: Tensor, n: Tensor, inverse: Tensor):
+        """weight: W (expansion C, C). n, inverse: what `standardise` gives."""
+        self.weight, self.n, self.inverse = weight, n, inverse
+        self.hidden = functional.linear(n, weight).relu()  # (..., T, expansion C)
+        self.open = (self.hidden > 0).to(n.dtype)
+        self.m = self.hidden @ weight
+        self.along, self.force = (n * self.m).mean(-1, keepdim=True), standardise_slope(self.m, n, inverse)
+
+    def _backward(self, u: Tensor) -> Tensor:
+        return functional.linear(standardise_slope(u, self.n, self.inverse), self.weight).mul_(self.open)
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._onwards(v, self._backward(v))
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self._onwards(u, self._back(u))
+
+    def _onwards(self, v: Tensor, dh: Tensor) -> Tensor:
+        dn, dm = standardise_slope(v, self.n, self.inverse), dh @ self.weight
+        turned = (self.n * v).mean(-1, keepdim=True) * self.force  # by the change of 1 / sigma
+        turned = turned + self.along * dn + (dn * self.m).mean(-1, keepdim=True) * self.n
+        return standardise_slope(dm, self.n, self.inverse) - self.inverse * turned
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        du = standardise_slope(u, self.n, self.inverse)
+        return {"memory.weight": outer(self.hidden, du) + outer(self._back(u), self.n)}
 
 
 class ParallelSlope:
@@ -340,7 +392,7 @@ class ParallelSlope:
     def __init__(self, layers: Sublayers, z: Tensor):
         self.n, self.inverse = standardise(z)
         attention = LinearAttentionSlope if layers.linear else AttentionSlope
-        self.branches = attention(layers, self.n), NetworkSlope(layers, self.n)
+        self.branches = Normalised(attention, layers, "ln1", self.n), Normalised(NetworkSlope, layers, "ln2", self.n)
 
     def product(self, v: Tensor) -> Tensor:
         dn = standardise_slope(v, self.n, self.inverse)
@@ -357,12 +409,35 @@ class ParallelSlope:
         return self.branches[0].contract(u) | self.branches[1].contract(u)
 
 
+class ThinSlope:
+    """Derivative of z -> Attn(n) + dn/dz W^T relu(W n), n = LN z without gain, at a state (..., T, C)."""
+
+    def __init__(self, block: Any, z: Tensor):
+        """block: `blocks.ThinBlock`."""
+        self.n, self.inverse = standardise(z)
+        self.attention = AttentionSlope(block, self.n)
+        self.memory = MemorySlope(block.memory.weight, self.n, self.inverse)
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.attention.product(standardise_slope(v, self.n, self.inverse)) + self.memory.product(v)
+
+    def token_product(self, v: Tensor) -> Tensor:
+        return self.attention.token_product(standardise_slope(v, self.n, self.inverse)) + self.memory.product(v)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return standardise_slope(self.attention.transposed(u), self.n, self.inverse) + self.memory.transposed(u)
+
+    def contract(self, u: Tensor) -> dict[str, Tensor]:
+        return self.attention.contract(u) | self.memory.contract(u)
+
+
 class SequentialSlope:
     """Derivative of one ordinary pre-LN layer, z -> y = z + Attn(LN z) -> y + FFN(LN y), at its input (..., T, C)."""
 
     def __init__(self, layers: Sublayers, z: Tensor):
         self.first, self.second = standardise(z), standardise(z + layers.attention(z))
-        self.attention, self.network = AttentionSlope(layers, self.first[0]), NetworkSlope(layers, self.second[0])
+        self.attention = Normalised(AttentionSlope, layers, "ln1", self.first[0])
+        self.network = Normalised(NetworkSlope, layers, "ln2", self.second[0])
 
     def product(self, v: Tensor) -> Tensor:
         v = v + self.attention.product(standardise_slope(v, *self.first))

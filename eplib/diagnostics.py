@@ -263,7 +263,7 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
 
 def attention_distance(jacobian: Any) -> Tensor:
     """Effective attention distance: sum_s w_ts |t - s| of attention weights w, mean over tokens and heads, (B,), in tokens."""
-    weights = jacobian.inner.branches[0].weights  # (B, H, T, T)
+    weights = jacobian.inner.branches[0].branch.weights  # (B, H, T, T)
     places = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
     return (weights * (places[:, None] - places).abs()).sum(-1).mean((1, 2))
 

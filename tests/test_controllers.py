@@ -411,7 +411,7 @@ def test_a_fingerprint_is_one_call_on_a_model(kind):
     assert found["abscissa"] == pytest.approx(max(v.real.max().item() for v in values), abs=1e-4)
     assert found["rate_arnoldi"] == pytest.approx(max((1 + STEP * v).abs().max().item() for v in values), rel=1e-3)
     assert -1 <= found["cosine_uncorrected"] < 0.999 and found["asymmetry"] > 0.1
-    weights = jacobian.inner.branches[0].weights
+    weights = jacobian.inner.branches[0].branch.weights
     by_hand = sum(weights[:, :, t, s].mean().item() * abs(t - s) for t in range(z.shape[1]) for s in range(z.shape[1]))
     assert found["attention_distance"] == pytest.approx(by_hand / z.shape[1], rel=1e-9)
     with torch.no_grad():
