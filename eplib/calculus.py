@@ -217,7 +217,7 @@ class AttentionSlope(Kept):
 
     def __init__(self, layers: Any, a: Tensor):
         """layers: what holds qkv, wo, heads, causal and qk_norm: `Sublayers` or a block."""
-        self.layers, self.a = layers, a
+        self.layers = layers
         # contiguous once, as every product with them would make them
         q, k, self.v = (split_heads(part, layers.heads).contiguous() for part in layers.qkv(a).chunk(3, -1))
         self.q_inverse = self.k_inverse = None
@@ -262,15 +262,16 @@ class AttentionSlope(Kept):
     def transposed(self, u: Tensor) -> Tensor:
         return self._back(u) @ self.layers.qkv.weight
 
-    def contract(self, u: Tensor) -> dict[str, Tensor]:
-        return {"qkv.weight": outer(self._back(u), self.a), "wo.weight": outer(u, merge_heads(self.mixed))}
+    def contract(self, u: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """a: the input again, which is not kept: it is a product away from what its owner keeps."""
+        return {"qkv.weight": outer(self._back(u), a), "wo.weight": outer(u, merge_heads(self.mixed))}
 
 
 class LinearAttentionSlope(AttentionSlope):
     """The same for linear attention, o = q M / (q s) with the memory M = k^T v and s = sum k of features q, k."""
 
     def __init__(self, layers: Sublayers, a: Tensor):
-        self.layers, self.a = layers, a
+        self.layers = layers
         q, k, self.v = (split_heads(part, layers.heads) for part in layers.qkv(a).chunk(3, -1))
         self.q, self.k = features(q), features(k)
         self.q_slope, self.k_slope = self.q.clamp(max=1), self.k.clamp(max=1)
@@ -314,7 +315,7 @@ class NetworkSlope(Kept):
     """Derivative of FFN at its normalised input a (..., T, C)."""
 
     def __init__(self, layers: Sublayers, a: Tensor):
-        self.layers, self.a = layers, a
+        self.layers = layers
         self.hidden = layers.w1(a)  # (..., T, expansion C)
         self.slope = gelu_slope(self.hidden)
 
@@ -327,8 +328,8 @@ class NetworkSlope(Kept):
     def transposed(self, u: Tensor) -> Tensor:
         return self._back(u) @ self.layers.w1.weight
 
-    def contract(self, u: Tensor) -> dict[str, Tensor]:
-        return {"w1.weight": outer(self._back(u), self.a), "w2.weight": outer(u, gelu(self.hidden))}
+    def contract(self, u: Tensor, a: Tensor) -> dict[str, Tensor]:
+        return {"w1.weight": outer(self._back(u), a), "w2.weight": outer(u, gelu(self.hidden))}
 
 
 class Normalised:
@@ -338,7 +339,11 @@ class Normalised:
     def __init__(self, branch: type, layers: Sublayers, name: str, n: Tensor):
         """branch: the derivative of what follows the LayerNorm `name` of the layers."""
         self.name, self.n, norm = name, n, getattr(layers, name)
-        self.gain, self.branch = norm.weight, branch(layers, n * norm.weight + norm.bias)
+        self.gain, self.bias = norm.weight, norm.bias
+        self.branch = branch(layers, self._input())
+
+    def _input(self) -> Tensor:
+        return self.n * self.gain + self.bias
 
     def product(self, dn: Tensor) -> Tensor:
         return self.branch.product(dn * self.gain)
@@ -351,7 +356,8 @@ class Normalised:
 
     def contract(self, u: Tensor) -> dict[str, Tensor]:
         da = self.branch.transposed(u)
-        return {f"{self.name}.weight": positions(da * self.n), f"{self.name}.bias": positions(da)} | self.branch.contract(u)
+        return {f"{self.name}.weight": positions(da * self.n), f"{self.name}.bias": positions(da)} \
+            | self.branch.contract(u, self._input())
 
 
 class MemorySlope(Kept):
@@ -428,7 +434,7 @@ class ThinSlope:
         return standardise_slope(self.attention.transposed(u), self.n, self.inverse) + self.memory.transposed(u)
 
     def contract(self, u: Tensor) -> dict[str, Tensor]:
-        return self.attention.contract(u) | self.memory.contract(u)
+        return self.attention.contract(u, self.n) | self.memory.contract(u)
 
 
 class SequentialSlope:
