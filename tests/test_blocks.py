@@ -58,6 +58,17 @@ def test_products_and_contraction_are_those_of_automatic_differentiation(config)
     assert torch.allclose(into, expected[-1], rtol=1e-6, atol=1e-9)
 
 
+def test_a_derivative_keeps_its_state_once():
+    """Memory of a nudged phase: the inputs of the sublayers are a product away from the standardised state."""
+    block, x, z = system(blocks.Thick())
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        jacobian.contract(z)
+    parts = [jacobian.inner, *jacobian.inner.branches, *(part.branch for part in jacobian.inner.branches)]
+    kept = {id(value) for part in parts for value in vars(part).values() if getattr(value, "shape", None) == z.shape}
+    assert kept == {id(jacobian.inner.n)}
+
+
 @pytest.mark.parametrize("config", [blocks.Thick(qk_norm=True), blocks.LinearAttention(), blocks.Energy(), blocks.Monotone()],
                          ids=name)
 def test_forces_pass_gradcheck(config):
