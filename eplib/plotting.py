@@ -3,7 +3,7 @@ data. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -80,6 +80,15 @@ def _method(key: str) -> tuple[str, str, Line]:
 def label(method: str) -> str:
     """The name of a method as legends and tables print it; raises ValueError for an unknown key."""
     return _method(method)[0]
+
+
+def rates_tried(rates: Mapping[str, Iterable[float]]) -> str:
+    """A table's note on the learning rates that each method was trained at, those with the same ones together."""
+    together: dict[str, list[str]] = {}
+    for method, values in rates.items():
+        together.setdefault(", ".join(f"{value:g}" for value in sorted(set(values))), []).append(label(method))
+    return "; ".join(f"learning rates tried: {values} ({' / '.join(methods) if len(together) > 1 else 'every arm'})"
+                     for values, methods in together.items())
 
 
 def colour(method: str) -> str:

@@ -153,6 +153,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+def test_rates_tried_name_the_methods_where_they_differ():
+    assert plotting.rates_tried({"thick": [6e-3], "thin": [6e-3]}) == "learning rates tried: 0.006 (every arm)"
+    assert plotting.rates_tried({"thick": [6e-3, 3e-3, 6e-3], "thin": [3e-3], "energy": [3e-3, 6e-3]}) == \
+        "learning rates tried: 0.003, 0.006 (Thick / Energy); learning rates tried: 0.003 (Thin)"
+
+
 def draw(root: Path, profile: str) -> Path:
     fig, (ax,) = plotting.figure("full", columns=1)
     for method in plotting.METHODS:
