@@ -31,7 +31,7 @@ TABLES = {
     "gradients": ["T1", "T1_operator", "F1_radius"],
     "architectures": ["T5"],
     "mnist": ["T2", "T2b", "T2c", "T3", "T3b"],
-    "shakespeare": ["T4", "T4b", "T4c"],
+    "shakespeare": ["T4", "T4b", "T4c", "T4d"],
     "campaign": ["T6", "X1"],
     "stability": ["T7", "T7b", "T7c"],
     "cost": ["T8", "T8_times"],
