@@ -1,5 +1,7 @@
 """Small systems with known answers, shared by the library's tests."""
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,8 @@ from eplib.diagnostics import LinearSystem
 from eplib.models import EquilibriumModel
 from eplib.solvers import Relaxation
 
-torch.set_num_threads(1)  # small matrices: a second thread only waits
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # small matrices: a second thread only waits
 TIGHT = Relaxation(step=0.3, max_steps=2000, tol=1e-12)
 
 

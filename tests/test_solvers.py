@@ -120,14 +120,18 @@ def test_anderson_treats_every_sample_alone():
 
 
 def test_a_stalled_acceleration_falls_back_to_relaxation_and_is_counted():
-    """A force with kinks, on which extrapolation overshoots and plain relaxation contracts."""
+    """A force with slope 1 up to a kink and 0.01 beyond it: from there the extrapolated zero lies near -10, where the force is
+    some ninety times as large; plain relaxation contracts everywhere."""
     def force(z):
-        return torch.where(z.abs() > 0.2, -z.sign() * (0.2 + 0.1 * z.abs()), -z)
+        return -torch.minimum(z, 0.1 + 0.01 * z)
 
-    start = torch.linspace(0.5, 3, 5, dtype=torch.float64)[:, None] * torch.tensor([[1.0, -0.6, 0.3]], dtype=torch.float64)
-    wild = Anderson(step=0.5, max_steps=300, tol=1e-9, memory=3).solve(force, start, lambda push, _: norm(push))
-    assert wild.fallbacks > 0  # else this shows nothing
+    start = torch.tensor([[1.0, 0.6, 0.3], [0.5, 0.8, 0.9], [0.08, 0.05, 0.02], [-1.0, -0.6, -0.3]], dtype=torch.float64)
+    solve = {"start": start, "measure": lambda push, _: norm(push)}
+    wild = Anderson(step=0.5, max_steps=300, tol=1e-9, memory=3).solve(force, **solve)
+    assert wild.fallbacks == 2  # the samples beyond the kink, once each
     assert wild.status is Status.CONVERGED and wild.value.abs().max() < 1e-8
+    assert (wild.steps[2:] == 2).all() and (wild.steps[:2] > 50).all()  # on one slope the extrapolation is exact
+    assert Relaxation(step=0.5, max_steps=300, tol=1e-9).solve(force, **solve).status is Status.CONVERGED
 
 
 def test_a_stalled_acceleration_halves_its_step_until_relaxation_contracts():
