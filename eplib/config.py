@@ -8,15 +8,19 @@ string "1e-3" (what YAML makes of a number without a dot) is refused instead of 
 import json
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 
-configuration = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, hide_input_in_errors=False))
-"""Class decorator of every configuration: frozen, keyword-only, strict."""
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def configuration(kind: type[T]) -> type[T]:
+    """Class decorator of every configuration: frozen, keyword-only, strict."""
+    strict = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=False)
+    return dataclass(frozen=True, kw_only=True, config=strict)(kind)
 
 
 class ConfigurationError(ValueError):
