@@ -6,7 +6,8 @@ string "1e-3" (what YAML makes of a number without a dot) is refused instead of 
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any, TypeVar, dataclass_transform
 
@@ -33,7 +34,7 @@ def parse(kind: Any, values: dict, what: str) -> Any:
     Raises `ConfigurationError` with one line per offending key; `what` names the configuration in it.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values))
+        return _adapter(kind).validate_json(json.dumps(values))
     except ValidationError as error:
         lines = [f"{what}: the configuration is not valid"]
         for item in error.errors(include_url=False):
@@ -43,9 +44,37 @@ def parse(kind: Any, values: dict, what: str) -> Any:
         raise ConfigurationError("\n".join(lines)) from None
 
 
+@cache  # a store asks for hundreds of runs
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
 def plain(configuration: Any) -> dict:
     """The configuration as JSON-compatible values, every default written out."""
     return json.loads(json.dumps(asdict(configuration)))
+
+
+def sparse(configuration: Any) -> dict:
+    """What of the configuration differs from the defaults, as JSON-compatible values that `parse` makes whole again.
+
+    A `kind` stays, and a list is there as a whole, each of its members sparse; so an option that is added with a default
+    leaves what was configured without it, and its digest, as they were.
+    """
+    found = {}
+    for field in fields(configuration):
+        value = getattr(configuration, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name == "kind" or default is MISSING or value != default:
+            found[field.name] = _sparse(value)
+    return found
+
+
+def _sparse(value: Any) -> Any:
+    if is_dataclass(value):
+        return sparse(value)
+    if isinstance(value, list | tuple):
+        return [_sparse(item) for item in value]
+    return 0.0 if isinstance(value, float) and value == 0 else value  # one zero, as `==` knows one
 
 
 def digest(values: Any, length: int = 8) -> str:

@@ -6,7 +6,6 @@ a run that was killed and resumed is bit-identical, on CPU, to one that was not.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from .config import configuration, plain
 from .controllers import Penalty
 from .diagnostics import READOUT, agreement, without_readout
 from .estimators import BPTT, AsymEP, Backprop, Beta, DyadicEP, Estimator, ForwardMode, HolomorphicEP, asymmetry, gradient
+from .files import write_atomically
 from .kernels import available, knows
 from .models import Backend, Classifier, EquilibriumModel, LanguageModel
 from .solvers import Relaxation, Solver
@@ -286,17 +286,6 @@ class Progress:
 
 class OutOfTime(RuntimeError):
     """The budget ended before the run did; its checkpoint is written and the run goes on from there."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: a temporary file beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Bar:

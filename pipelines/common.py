@@ -1,4 +1,4 @@
-"""What every pipeline module needs: the root folder, the profiles, whole-file writes, one error type, one JSON style.
+"""What every pipeline module needs: the root folder, the profiles, one error type, one JSON style, the end of a command.
 Imports no torch."""
 
 from __future__ import annotations
@@ -6,29 +6,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
+from eplib.files import read_yaml
+from eplib.files import write_atomically as write_text  # noqa: F401  (for the modules of this package)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class PipelineError(Exception):
     """Something a reader can put right; the message names it, what is allowed and what to do."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary neighbour, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def dumps(value: Any) -> str:
@@ -45,8 +36,8 @@ def read_json(path: Path) -> Any:
 
 
 def load_yaml(path: Path) -> Any:
-    """Parse a YAML file, with PyYAML's compiled loader where it is there: ten times as fast, and stages start often."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """Parse a YAML file; raises PipelineError with file, line and what is wrong."""
+    return read_yaml(path, PipelineError)
 
 
 def load_profile(profile: str, root: Path = ROOT) -> dict[str, Any]:
@@ -85,3 +76,17 @@ def for_profile(module: str, text: str, action: Callable[[str], int | None], arg
     except PipelineError as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with main()'s exit code; in silence where nobody reads what it prints any more (`| head`) or Ctrl-C
+    stopped it."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print is not tried again at exit
+        code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)

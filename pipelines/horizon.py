@@ -10,7 +10,9 @@ import argparse
 import sys
 
 from eplib.config import ConfigurationError
-from eplib.records import Store, load_profile
+from eplib.profiles import load_profile
+from eplib.records import Store
+from pipelines.common import run
 
 STEPS = (8, 16, 24, 32, 48, 64)
 
@@ -47,4 +49,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -11,22 +11,28 @@ import argparse
 import math
 import multiprocessing
 import os
-import queue
 import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.managers import SyncManager
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
 from eplib.config import ConfigurationError
 from eplib.kernels import available
+from eplib.leases import Held, Lost
 from eplib.models import Backend
-from eplib.records import ROOT, Store, configurations, load_profile
+from eplib.profiles import ROOT, configurations, load_profile
+from eplib.records import Store
 from eplib.training import OutOfTime, RunConfig
+from pipelines.common import run
 
 QUIET_SECONDS = 15.0  # between two lines of progress where there is no terminal to rewrite one on
 
@@ -44,123 +50,241 @@ def seconds(text: str) -> float:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
 
-def _end_with_parent() -> None:
+TURN = 0.2  # seconds between two looks at the workers
+BUSY_SECONDS = 5.0  # between two looks at runs that other commands train
+
+_lines: Connection | None = None  # of a worker, to the command
+
+
+def processors() -> int:
+    """How many processors this process may use: those of its affinity, fewer where its control group has a quota of time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
+    if quota.is_file():
+        granted, period = quota.read_text().split()
+        if granted != "max":
+            count = min(count, max(1, round(int(granted) / int(period))))
+    return count
+
+
+def _start_worker(lines: Connection) -> None:
     """Ends this process when its parent has: a worker whose command was killed would train on beside the next call's."""
+    global _lines
+    _lines = lines
+    parent = multiprocessing.parent_process()
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(profile: str, config: RunConfig, root: Path, device: str, backend: Backend | None, end: float, lines) -> None:
+def _work(profile: str, config: RunConfig, root: Path, device: str, backend: Backend | None, end: float) -> None:
     """end: when the budget ends, of time.time(): starting a worker takes seconds, which count."""
     torch.set_num_threads(1)  # one run a core beats one run on all cores at these sizes, and fixes the order of sums
-    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, lambda line: lines.put((config.name, line)),
-                             backend)
+    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, lambda line: _lines.send(line), backend,
+                             wait=False)
+
+
+@dataclass
+class Worker:
+    """A pool of one process, so that one that is killed takes no other's run with it, and the pipe its progress comes by: a pipe
+    and not a queue, because whoever is killed while it holds a queue's lock stops all others."""
+
+    pool: ProcessPoolExecutor = field(init=False)
+    lines: Connection = field(init=False)
+    future: Future | None = None
+    config: RunConfig | None = None
+    line: str = ""
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """A new process, the first or in place of one that was killed."""
+        self.lines, theirs = multiprocessing.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker,
+                                        initargs=(theirs,))
+
+    def give(self, config: RunConfig, task: Callable[[RunConfig], None]) -> None:
+        self.config, self.line, self.future = config, "", self.pool.submit(task, config)
+
+    def listen(self) -> None:
+        """Takes in the lines that have come; each is short enough to be written at once, so none is cut off by a kill."""
+        while self.lines.poll():
+            self.line = self.lines.recv()
+
+
+@dataclass
+class Agenda:
+    """The state of one call: what waits, what is tried again, what came out."""
+
+    store: Store
+    waiting: list[RunConfig]
+    total: int = 0
+    done: int = 0
+    late: int = 0
+    failed: int = 0
+    killed: set[str] = field(default_factory=set)
+    began: float = field(default_factory=time.monotonic)
+    looked: float = -math.inf
+
+    def __post_init__(self) -> None:
+        self.total = len(self.waiting)
+
+    def next(self) -> RunConfig | None:
+        """The next run that no other process trains; those that one has recorded meanwhile are done. None if there is none now."""
+        if time.monotonic() - self.looked < BUSY_SECONDS:
+            return None
+        for config in list(self.waiting):
+            if self.store.find(config):
+                self.waiting.remove(config)
+                self.finished(config, "done by another command")
+            elif not self.store.holder(config):
+                self.waiting.remove(config)
+                return config
+        if self.waiting:
+            self.looked = time.monotonic()
+        return None
+
+    def take(self, config: RunConfig, error: BaseException | None) -> None:
+        """What came out of a run."""
+        name = f"{config.experiment}/{config.name}"
+        if error is None:
+            self.finished(config, "done")
+        elif isinstance(error, OutOfTime):
+            self.late += 1
+        elif isinstance(error, Held | Lost):
+            self.waiting.append(config)
+        elif isinstance(error, BrokenProcessPool) and name not in self.killed:
+            self.killed.add(name)
+            self.waiting.insert(0, config)
+            print(f"\n{name}: its worker was killed (by the system, where memory is short); it goes on once more from its "
+                  "checkpoint", file=sys.stderr, flush=True)
+        else:
+            self.failed += 1
+            said = "its worker was killed twice" if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
+            print(f"\nfailed: {name}: {said}", file=sys.stderr, flush=True)
+
+    def finished(self, config: RunConfig, how: str) -> None:
+        self.done += 1
+        clear = "\x1b[K" if sys.stderr.isatty() else ""
+        print(f"{config.experiment}/{config.name}: {how} ({self.done} of {self.total}, "
+              f"{time.monotonic() - self.began:.0f} s){clear}", flush=True)
 
 
 def train(profile: str, configs: list[RunConfig], workers: int, device: str, budget: float, root: Path = ROOT,
           backend: Backend | None = None) -> int:
-    """Trains `configs`, `workers` at a time, and prints progress; returns the exit status described above."""
+    """Trains `configs`, `workers` at a time, and prints progress; returns the exit status described above. Runs that other
+    processes train are left to them, and waited for at the end."""
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
-    deadline = time.monotonic() + budget
-    failures, late, done = [], 0, 0
-    manager = SyncManager()
-    manager.start(_end_with_parent)
-    with manager:
-        lines = manager.Queue()
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-            began = time.monotonic()
-            pending: dict[Future, RunConfig] = {}
-            waiting, current, printed = list(configs), {}, 0.0
-            while pending or waiting:
-                while waiting and len(pending) < workers and time.monotonic() < deadline:
-                    config = waiting.pop(0)
-                    end = time.time() + deadline - time.monotonic()
-                    pending[pool.submit(_work, profile, config, root, device, backend, end, lines)] = config
-                if waiting and not pending:
-                    late += len(waiting)
-                    break
-                for future in [f for f in pending if f.done()]:
-                    config = pending.pop(future)
-                    current.pop(config.name, None)
-                    error = future.exception()
-                    if isinstance(error, OutOfTime):
-                        late += 1
-                    elif error is not None:
-                        failures.append(f"{config.experiment}/{config.name}: {type(error).__name__}: {error}")
-                        print(f"\nfailed: {failures[-1]}", file=sys.stderr, flush=True)
-                    else:
-                        done += 1
-                        print(f"{config.experiment}/{config.name}: done ({done} of {len(configs)}, "
-                              f"{time.monotonic() - began:.0f} s)\x1b[K" if sys.stderr.isatty() else
-                              f"{config.experiment}/{config.name}: done ({done} of {len(configs)}, "
-                              f"{time.monotonic() - began:.0f} s)", flush=True)
-                try:
-                    name, line = lines.get(timeout=0.2)
-                    current[name] = line
-                except queue.Empty:
-                    continue
-                if sys.stderr.isatty():
-                    sys.stderr.write("\r" + " | ".join(current.values())[: os.get_terminal_size(2).columns - 1] + "\x1b[K")
-                    sys.stderr.flush()
-                elif time.monotonic() - printed > QUIET_SECONDS:
-                    printed = time.monotonic()
-                    print("\n".join(current.values()), file=sys.stderr, flush=True)
+    deadline, printed = time.monotonic() + budget, 0.0
+    task = partial(_work, profile, root=root, device=device, backend=backend, end=time.time() + budget)
+    agenda, team = Agenda(Store(profile, root), list(configs)), [Worker() for _ in range(workers)]
+    try:
+        while True:
+            for worker in team:
+                worker.listen()
+                if worker.future and worker.future.done():
+                    error, worker.future = worker.future.exception(), None
+                    agenda.take(worker.config, error)
+                    if isinstance(error, BrokenProcessPool):
+                        worker.pool.shutdown()
+                        worker.start()
+                if not worker.future and time.monotonic() < deadline and (config := agenda.next()):
+                    worker.give(config, task)
+            busy = [worker for worker in team if worker.future]
+            if not busy and (not agenda.waiting or time.monotonic() >= deadline):
+                break
+            wait([worker.lines for worker in busy], TURN)
+            printed = _show([worker.line for worker in busy if worker.line], printed)
+    finally:
+        for worker in team:
+            worker.pool.shutdown(wait=False, cancel_futures=True)
+    late = agenda.late + len(agenda.waiting)
     if late:
         print(f"out of time: {late} of {len(configs)} runs are unfinished; call again to go on", flush=True)
-    return 1 if failures else 3 if late else 0
+    return 1 if agenda.failed else 3 if late else 0
+
+
+def _show(lines: list[str], printed: float) -> float:
+    """Shows what the workers do now, on one line of a terminal, or every QUIET_SECONDS; returns when it was last printed."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r" + " | ".join(lines)[: os.get_terminal_size(2).columns - 1] + "\x1b[K")
+        sys.stderr.flush()
+    elif lines and time.monotonic() - printed > QUIET_SECONDS:
+        printed = time.monotonic()
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    return printed
+
+
+def chosen(options: argparse.Namespace) -> list[RunConfig]:
+    """The runs that the arguments name. Raises `ConfigurationError`, ValueError for a wrong one."""
+    groups = load_profile(options.profile).get("runs") or {}
+    if options.experiment and options.experiment not in groups:
+        raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has {', '.join(groups)}")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {options.device!r} was asked for, but torch finds no such device here")
+    if options.workers < 1:
+        raise ConfigurationError(f"--workers {options.workers}: at least one process has to train")
+    found = [config for group in ([options.experiment] if options.experiment else groups)
+             for config in configurations(options.profile, group) if options.only in config.name]
+    if not found and options.only:
+        raise ConfigurationError(f"no run of profile {options.profile} has {options.only!r} in its name")
+    return found
+
+
+def state(store: Store, config: RunConfig) -> str:
+    """Where a run stands, in words."""
+    if run := store.find(config):
+        return "recorded" if run.current else "recorded by older source"
+    if other := store.holder(config):
+        return f"being trained by {other}"
+    if store.scratch(config).exists():
+        return "begun; goes on from its checkpoint"
+    return "absent; older source has begun it, which is not gone on from" if store.unfinished(config) else "absent"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--experiment", help="one experiment of the profile; all by default")
-    parser.add_argument("--only", help="runs whose name contains this")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--budget", default="", help="stop after this long, e.g. 500s, 10m, 2h")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; one a core by default")
+    parser.add_argument("--workers", type=int, default=processors(), help="runs at a time; by default one for each processor that "
+                        "this process may use")
     parser.add_argument("--device", default="cpu", help="where to train, e.g. cuda; never chosen silently")
     parser.add_argument("--backend", choices=("torch", "compiled"),
                         help="what computes the phases; by default the compiled kernel where it is built and fits the run")
     parser.add_argument("--list", action="store_true", help="say which runs are there and stop")
     options = parser.parse_args(arguments)
     try:
-        budget = seconds(options.budget) if options.budget else math.inf
-        groups = load_profile(options.profile).get("runs") or {}
-        if options.experiment and options.experiment not in groups:
-            raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has "
-                                     f"{', '.join(groups)}")
-        if options.device != "cpu" and not torch.cuda.is_available():
-            raise ConfigurationError(f"device {options.device!r} was asked for, but torch finds no such device here")
-        chosen = [config for group in ([options.experiment] if options.experiment else groups)
-                  for config in configurations(options.profile, group) if (options.only or "") in config.name]
-        if not chosen and options.only:
-            raise ConfigurationError(f"no run of profile {options.profile} has {options.only!r} in its name")
+        budget, wanted = seconds(options.budget) if options.budget else math.inf, chosen(options)
     except (ConfigurationError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
     store = Store(options.profile)
-    absent = [config for config in chosen if store.find(config) is None]
-    print(f"{options.profile}: {len(chosen)} runs, {len(chosen) - len(absent)} recorded, {len(absent)} to train", flush=True)
+    absent = [config for config in wanted if store.find(config) is None]
+    print(f"{options.profile}: {len(wanted)} runs, {len(wanted) - len(absent)} recorded, {len(absent)} to train", flush=True)
     if absent and options.device == "cpu" and not available():
         print("the compiled kernel is not built: PyTorch computes everything, two to four times as slowly "
               "(make kernel builds it where there is a C++ compiler)", flush=True)
     if options.list:
-        for config in chosen:
-            run = store.find(config)
-            state = "absent" if run is None else "recorded" if run.current else "recorded by older source"
-            print(f"  {config.experiment}/{config.name}: {state}")
+        for config in wanted:
+            print(f"  {config.experiment}/{config.name}: {state(store, config)}")
         return 0
-    status = train(options.profile, absent, max(1, min(options.workers, len(absent))), options.device, budget,
+    status = train(options.profile, absent, min(options.workers, len(absent)), options.device, budget,
                    backend=options.backend) if absent else 0
     if status == 0 and not options.only:
-        for group in [options.experiment] if options.experiment else groups:
+        for group in [options.experiment] if options.experiment else load_profile(options.profile).get("runs") or {}:
             for name in store.prune(group):
                 print(f"removed {group}/{name}: no longer in the profile")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

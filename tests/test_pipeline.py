@@ -279,7 +279,8 @@ def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
     for path in (ROOT / "pipelines").glob("*.py"):
         shutil.copy(path, tree / "pipelines")
     (tree / "eplib").mkdir()
-    shutil.copy(ROOT / "eplib" / "__init__.py", tree / "eplib")
+    for name in ("__init__", "files"):
+        shutil.copy(ROOT / "eplib" / f"{name}.py", tree / "eplib")
     subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
     common.write_text(tree / ".dvc" / "config", "[core]\n    analytics = false\n    check_update = false\n")
     source = stages.build("quick", tree)["stages"]["source-toy"]

@@ -1,0 +1,127 @@
+"""A finished run: its configuration, metrics, logs and, where they are kept here, its weights."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.torch import load_file
+
+from . import data
+from .diagnostics import agreement, without_readout
+from .estimators import BPTT, DyadicEP, gradient
+from .files import write_atomically
+from .formats import columns, to_json
+from .models import EquilibriumModel
+from .provenance import source_digest
+from .solvers import Anderson, Relaxation
+from .training import RunConfig, build_model, build_task
+
+PROMPT = "The king"  # of the recorded samples of text
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as the store holds it."""
+
+    config: RunConfig
+    folder: Path
+    weights_folder: Path
+
+    @cached_property
+    def metrics(self) -> dict:
+        return json.loads((self.folder / "metrics.json").read_text())
+
+    @cached_property
+    def provenance(self) -> dict:
+        return json.loads((self.folder / "provenance.json").read_text())
+
+    @property
+    def current(self) -> bool:
+        """Whether the library source that recorded the run is today's."""
+        return self.provenance["source"] == source_digest()
+
+    def has_weights(self, step: int | None = None) -> bool:
+        """Whether the weights after `step` updates (the last by default) are kept here."""
+        return self._weights(step).exists()
+
+    def _weights(self, step: int | None) -> Path:
+        return self.weights_folder / f"step-{step or self.config.steps:06d}.safetensors"
+
+    @cached_property
+    def log(self) -> dict[str, numpy.ndarray]:
+        return columns(self.folder / "log.csv.gz")
+
+    @cached_property
+    def curve(self) -> dict[str, numpy.ndarray]:
+        return columns(self.folder / "curve.csv")
+
+    @cached_property
+    def seconds(self) -> numpy.ndarray | None:
+        """Seconds of each update (steps,) on the machine that trained the run; None where they did not travel with it."""
+        path = self.folder.parents[2] / "machine" / "runs" / self.config.experiment / self.folder.name / "timing.csv"
+        return columns(path)["seconds"] if path.exists() else None
+
+    def model(self, step: int | None = None, root: Path = data.DATA) -> EquilibriumModel:
+        """The evaluated weights after `step` updates (the last by default), in the run's model.
+
+        Raises FileNotFoundError if they were not kept here: weights do not travel with a run's results.
+        """
+        path = self._weights(step)
+        if not path.exists():
+            raise FileNotFoundError(f"the weights of {self.config.name} after step {step or self.config.steps} are not at "
+                                    f"{path}; train the run here, or add the step to its `keep`")
+        model = build_model(self.config, build_task(self.config, root))
+        model.load_state_dict(load_file(path))
+        return model
+
+    def generate(self, prompt: str = PROMPT, tokens: int = 200, temperature: float = 0.8, seed: int = 0,
+                 step: int | None = None, root: Path = data.DATA) -> str:
+        """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver.
+
+        Raises FileNotFoundError without weights here, `data.DataError` for a character that the run's corpus has not.
+        """
+        text = data.text(self.config.data.corpus, self.config.data.tokens, root)
+        ids = self.model(step, root).generate(torch.tensor(text.encode(prompt)), tokens, self.config.solver, temperature,
+                                              torch.Generator().manual_seed(seed))
+        return text.decode(ids.tolist())
+
+    @property
+    def sample(self) -> str | None:
+        """The text recorded with the run, where its profile asks for one: weights do not travel with results, it does."""
+        path = self.folder / "sample.txt"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def horizon(self, steps: Iterable[int], root: Path = data.DATA) -> list[dict[str, float]]:
+        """The horizon that BPTT needs at the last weights, on the batch after the run's last: a row for each number of steps.
+
+        `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's step; `cosine` and `ratio`
+        of BPTT's gradient over them (block and embeddings) to that of the settled phases, whose own free residual is `settled`.
+        Raises FileNotFoundError without weights here.
+        """
+        model, step = self.model(root=root), self.config.solver.step
+        batch = build_task(self.config, root).batch(self.config.steps)
+        exact = gradient(model, *batch, estimator=DyadicEP(), solver=Anderson(step=step, max_steps=200, tol=1e-6),
+                         nudged=Anderson(step=step, max_steps=200, tol=1e-5))
+        rows = []
+        for count in steps:
+            found = gradient(model, *batch, estimator=BPTT(steps=count), solver=Relaxation(step=step))
+            agreed = agreement(without_readout(found.grads), without_readout(exact.grads))["total"]
+            rows.append({"steps": count, "residual": found.free.residual.max().item(), "cosine": agreed.cosine,
+                         "ratio": agreed.ratio, "settled": exact.free.residual.max().item()})
+        return rows
+
+    def record_horizon(self, steps: Iterable[int], root: Path = data.DATA) -> Path:
+        """Keeps `horizon` with the run's results, where it travels as the weights do not."""
+        path = self.folder / "horizon.json"
+        write_atomically(path, to_json(self.horizon(steps, root)))
+        return path
+
+    @property
+    def recorded_horizon(self) -> list[dict[str, float]] | None:
+        """What `record_horizon` kept."""
+        path = self.folder / "horizon.json"
+        return json.loads(path.read_text()) if path.exists() else None
