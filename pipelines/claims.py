@@ -1,4 +1,4 @@
-"""Decide every claim of paper/claims.yaml from the results files: holds, fails, or not decided at this profile.
+"""Decide every claim of paper/claims.yaml from the results files: holds, fails, or not decided, and then why.
 
     python -m pipelines.claims --profile P      write results/P/claims.json and print the verdicts
 
@@ -8,12 +8,21 @@ A claim is
     value: {file: mnist/summary.json, key: ep_accuracy}   a key of a results file; a.b.0 goes into mappings and lists
     holds: {min: 94.0}                                    one or more of the tests below, all must be met
     decided_at: [quick, paper]                            elsewhere the verdict is `not decided`
+    written: 2026-11-21                                   when the claim with this bound was written
+    seeds: true                                           optional: the value is a mean over seeds (below)
+    replaces: "..."                                       optional: what stood here before, and its date
     unit: "%"                                             optional, printed behind the value
 Tests: min, max (inclusive), above, below (strict), equals, max_abs.
+
+Over seeds the results file holds {mean, low, high, n}, the 95 % interval of the mean over n seeds or paired seeds
+(`eplib.tables.interval`). The claim holds if the whole interval meets the tests, fails if the whole interval breaks one
+of them, and is not decided where the interval does neither or n < 3. Any value may be {value or mean, ..., undecided:
+reason}: a measurement that the notebook does not trust decides nothing.
 """
 
 from __future__ import annotations
 
+import datetime
 import math
 import operator
 import sys
@@ -22,7 +31,8 @@ from typing import Any
 
 from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, load_yaml, read_json, write_text
 
-HOLDS, FAILS, UNDECIDED, MISSING = "holds", "fails", "not decided", "not decided (missing)"
+HOLDS, FAILS, UNDECIDED = "holds", "fails", "not decided"
+FEWEST = 3  # seeds below which no mean is decided
 TESTS = {
     "min": (operator.ge, "≥"),
     "max": (operator.le, "≤"),
@@ -31,7 +41,8 @@ TESTS = {
     "equals": (operator.eq, "="),
     "max_abs": (lambda value, bound: abs(value) <= bound, "|·| ≤"),
 }
-REQUIRED, OPTIONAL = {"id", "text", "value", "holds", "decided_at"}, {"unit"}
+REQUIRED = {"id", "text", "value", "holds", "decided_at", "written"}
+OPTIONAL = {"unit", "seeds", "replaces"}
 
 
 def load(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -55,6 +66,10 @@ def load(root: Path = ROOT) -> list[dict[str, Any]]:
                 raise PipelineError(f"{where}: unknown test {test!r}; there is {', '.join(TESTS)}")
             if not isinstance(bound, (int, float)):
                 raise PipelineError(f"{where}: {test}: {bound!r} is not a number (YAML needs a point: write 1.0e-3)")
+        if type(claim["written"]) is not datetime.date:
+            raise PipelineError(f"{where}: written: {claim['written']!r} is no date; write it as 2026-11-21, without quotes")
+        if claim.get("seeds") not in (None, True):
+            raise PipelineError(f"{where}: seeds: {claim['seeds']!r}; write `seeds: true` where the value is a mean over seeds")
         if not claim["holds"]:
             raise PipelineError(f"{where}: `holds` is empty; it needs one of {', '.join(TESTS)}")
         for profile in claim["decided_at"]:
@@ -78,29 +93,70 @@ def look_up(results: Path, file: str, key: str) -> Any:
     return value
 
 
+def number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def by_value(holds: dict[str, float], value: Any) -> str:
+    """The verdict on a value that no seed moves; what is no finite number fails."""
+    met = number(value) and all(TESTS[test][0](value, bound) for test, bound in holds.items())
+    return HOLDS if met else FAILS
+
+
+def by_interval(holds: dict[str, float], low: float, high: float) -> str:
+    """The verdict on a mean whose 95 % interval is [low, high]."""
+    sides = []  # each test as tests of one side: an interval that breaks one at both ends breaks it throughout
+    for test, bound in holds.items():
+        sides += {"equals": [("min", bound), ("max", bound)], "max_abs": [("min", -bound), ("max", bound)]}.get(
+            test, [(test, bound)]
+        )
+    met = [[TESTS[test][0](end, bound) for end in (low, high)] for test, bound in sides]
+    return HOLDS if all(map(all, met)) else FAILS if any(not any(ends) for ends in met) else UNDECIDED
+
+
+def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
+    """The verdict on what the results file holds, and why, where it is not decided."""
+    several = isinstance(found, dict)
+    shown = found.get("mean", found.get("value")) if several else found
+    if shown is None:
+        return UNDECIDED, "missing"
+    if profile not in claim["decided_at"]:
+        return UNDECIDED, "not at this profile"
+    if several and found.get("undecided"):
+        return UNDECIDED, found["undecided"]
+    if not claim.get("seeds"):
+        return by_value(claim["holds"], shown), ""
+    if not several or "n" not in found:
+        return UNDECIDED, "no interval over seeds"
+    if found["n"] < FEWEST:
+        return UNDECIDED, f"n = {found['n']}"
+    if not (number(found["low"]) and number(found["high"])):
+        return UNDECIDED, "a seed ended without a finite value"
+    decided = by_interval(claim["holds"], found["low"], found["high"])
+    return decided, "the interval spans the bound" if decided == UNDECIDED else ""
+
+
 def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, Any]:
-    """One claim with its measured value, what was asked of it, and its verdict. A value that is no finite number
-    fails."""
-    value = look_up(root / "results" / profile, claim["value"]["file"], claim["value"]["key"])
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value is None:
-        verdict = MISSING
-    elif profile not in claim["decided_at"]:
-        verdict = UNDECIDED
-    else:
-        met = number and all(TESTS[test][0](value, bound) for test, bound in claim["holds"].items())
-        verdict = HOLDS if met else FAILS
+    """One claim with its measured value (over seeds their number and the interval), what was asked of it, and its
+    verdict."""
+    found = look_up(root / "results" / profile, claim["value"]["file"], claim["value"]["key"])
+    several = found if isinstance(found, dict) else {}
+    word, why = verdict(claim, found, profile)
     asked = ", ".join(f"{TESTS[test][1]} {bound:g}".replace("-", "−") for test, bound in claim["holds"].items())
-    place = f"{claim['value']['file']}: {claim['value']['key']}"
     return {
         "id": claim["id"],
         "text": claim["text"],
-        "value": value,
+        "value": several.get("mean", several.get("value")) if several else found,
+        **{key: several.get(key) for key in ("low", "high", "n")},
         "unit": claim.get("unit", ""),
         "asked": asked,
-        "verdict": verdict,
-        "from": place,
+        "verdict": word,
+        "why": why,
+        "from": f"{claim['value']['file']}: {claim['value']['key']}",
         "decided_at": claim["decided_at"],
+        "written": str(claim["written"]),
+        "replaces": claim.get("replaces", ""),
     }
 
 
@@ -112,11 +168,21 @@ def write(profile: str, root: Path = ROOT) -> list[dict[str, Any]]:
     return decided
 
 
+def measured(claim: dict[str, Any]) -> str:
+    """The value of a decided claim in words, over seeds with the interval and their number."""
+    value = claim["value"]
+    if value is None:
+        return "missing"
+    shown = f"{value:.5g}" if isinstance(value, (int, float)) else str(value)
+    ends = "" if claim["low"] is None else f" [{claim['low']:.5g}, {claim['high']:.5g}]"
+    count = "" if claim["n"] is None else f", n = {claim['n']}"
+    return f"{shown}{claim['unit']}{ends}{count}".replace("-", "−")
+
+
 def line(claim: dict[str, Any]) -> str:
     """One claim as one line of text."""
-    value = claim["value"]
-    shown = "missing" if value is None else f"{value:.5g}" if isinstance(value, (int, float)) else str(value)
-    return f"{claim['verdict']:22} {claim['id']:32} {shown}{claim['unit']} (asked: {claim['asked']})"
+    why = f"; {claim['why']}" if claim["why"] else ""
+    return f"{claim['verdict']:12} {claim['id']:32} {measured(claim)} (asked: {claim['asked']}{why})"
 
 
 def show(profile: str) -> None:

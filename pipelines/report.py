@@ -150,16 +150,24 @@ def claims_table(decided: dict[str, dict[str, Any]]) -> str:
     """The claims with their verdicts as HTML."""
     if not decided:
         return '<p class="missing">missing: the claims have not been decided</p>'
-    kinds = {claims.HOLDS: "holds", claims.FAILS: "fails", claims.UNDECIDED: "open", claims.MISSING: "missing"}
+    kinds = {claims.HOLDS: "holds", claims.FAILS: "fails", claims.UNDECIDED: "open"}
     rows = []
     for claim in decided.values():
-        value = '<td class="missing">missing</td>' if claim["value"] is None else cell(claim["value"])
-        verdict = f'<td class="{kinds[claim["verdict"]]}">{claim["verdict"]}</td>'
-        unit, asked, place = (html.escape(claim[key]) for key in ("unit", "asked", "from"))
-        measured = f"<td>{html.escape(claim['text'])}</td>{value}<td>{unit}</td><td>{asked}</td>"
-        rows.append(f"<tr>{measured}{verdict}<td><code>{place}</code></td></tr>")
-    head = "<th>claim</th><th>measured</th><th></th><th>asked</th><th>verdict</th><th>read from</th>"
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        absent = ' class="missing"' if claim["value"] is None else ""
+        why = f'<br><span class="note">{html.escape(claim["why"])}</span>' if claim["why"] else ""
+        verdict = f'<td class="{kinds[claim["verdict"]]}">{claim["verdict"]}{why}</td>'
+        before = f'<br><span class="note">replaces {html.escape(claim["replaces"])}</span>' if claim["replaces"] else ""
+        text, asked, place, value = (html.escape(part) for part in (
+            claim["text"], claim["asked"], claim["from"], claims.measured(claim)))
+        rows.append(f"<tr><td>{text}{before}</td><td{absent}>{value}</td><td>{asked}</td>{verdict}"
+                    f"<td>{claim['written']}</td><td><code>{place}</code></td></tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("claim", "measured", "asked", "verdict", "written", "read from"))
+    note = (
+        '<p class="note">Over seeds: the mean, its 95 % interval and the number of seeds. The interval decides: a claim '
+        "holds if all of it meets what is asked, fails if all of it breaks it, and is otherwise not decided; fewer than three "
+        "seeds decide nothing. Written: when the claim with this bound was written.</p>"
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
 def texts(name: str, value: dict[str, Any]) -> str:

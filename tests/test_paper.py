@@ -1,5 +1,6 @@
 """Claims, figures, the paper and the report."""
 
+import datetime
 import hashlib
 import json
 import re
@@ -51,10 +52,13 @@ def fill(root: Path, profile: str = "quick") -> None:
     """Results such as the notebooks write them, all that the paper shows; every claim with a value."""
     results = root / "results" / profile
     values: dict[str, dict[str, float]] = {}
-    for name, key in re.findall(r'#val\("(\w+)", "(\w+)"', (root / "paper" / "main.typ").read_text()):
-        values.setdefault(name, {})[key] = 12.5
+    over_seeds = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+    for kind, name, key in re.findall(r'#(val|interval)\("(\w+)", "(\w+)"', (root / "paper" / "main.typ").read_text()):
+        if kind == "interval" or key not in values.setdefault(name, {}):
+            values.setdefault(name, {})[key] = over_seeds if kind == "interval" else 12.5
     for claim in claims.load(root):
-        values.setdefault(claim["value"]["file"].split("/")[0], {})[claim["value"]["key"]] = 0.5
+        value = over_seeds if claim.get("seeds") else 0.5
+        values.setdefault(claim["value"]["file"].split("/")[0], {})[claim["value"]["key"]] = value
     for name, summary in values.items():
         common.write_text(results / name / "summary.json", json.dumps(summary))
     table = {
@@ -92,6 +96,7 @@ CLAIM = {
     "value": {"file": "mnist/summary.json", "key": "x.1.y"},
     "holds": {"min": 1.0},
     "decided_at": ["quick"],
+    "written": datetime.date(2026, 11, 21),
 }
 
 
@@ -106,21 +111,70 @@ CLAIM = {
         (-0.03, {"max": 0.02}, "quick", "holds"),
         (-0.03, {"max": 0.02, "min": 0.0}, "quick", "fails"),
         (0, {"equals": 0}, "quick", "holds"),
-        (5.0, {"min": 1.0}, "smoke", "not decided"),
+        (5.0, {"min": 1.0}, "smoke", "not decided: not at this profile"),
         ("high", {"min": 1.0}, "quick", "fails"),
-        (None, {"min": 1.0}, "quick", "not decided (missing)"),
+        (None, {"min": 1.0}, "quick", "not decided: missing"),
+        ({"value": 5.0, "undecided": "measured at another state"}, {"min": 1.0}, "quick", "not decided: measured at another state"),
+        ({"value": 5.0}, {"min": 1.0}, "quick", "holds"),
     ],
 )
 def test_verdict(tree, value, holds, profile, verdict):
     common.write_text(tree / "results" / profile / "mnist" / "summary.json", json.dumps({"x": [0, {"y": value}]}))
     decided = claims.decide(CLAIM | {"holds": holds}, profile, tree)
-    assert (decided["verdict"], decided["value"]) == (verdict, value)
+    assert (words(decided), decided["value"]) == (verdict, value["value"] if isinstance(value, dict) else value)
+
+
+def words(decided: dict) -> str:
+    """A verdict with its reason."""
+    return decided["verdict"] + (f": {decided['why']}" if decided["why"] else "")
+
+
+def over(low: float | None, high: float | None, n: int = 5, **more: object) -> dict:
+    """A mean over seeds as a results file holds it."""
+    return {"mean": None if low is None else (low + high) / 2, "low": low, "high": high, "n": n} | more
+
+
+SPANS = "not decided: the interval spans the bound"
+
+
+@pytest.mark.parametrize(
+    ("found", "holds", "verdict"),
+    [
+        (over(1.0, 2.0), {"min": 1.0}, "holds"),
+        (over(0.9, 2.0), {"min": 1.0}, SPANS),
+        (over(0.2, 0.9), {"min": 1.0}, "fails"),
+        (over(0.9, 1.0), {"above": 1.0}, "fails"),
+        (over(0.5, 1.0), {"max": 1.0}, "holds"),
+        (over(0.5, 1.0), {"below": 1.0}, SPANS),
+        (over(-0.2, 0.3), {"max_abs": 0.3}, "holds"),
+        (over(0.26, 0.376), {"max_abs": 0.3}, SPANS),
+        (over(-0.5, 0.5), {"max_abs": 0.3}, SPANS),
+        (over(0.31, 0.5), {"max_abs": 0.3}, "fails"),
+        (over(-0.5, -0.31), {"max_abs": 0.3}, "fails"),
+        (over(3.8, 4.2), {"min": 3.75, "max": 4.25}, "holds"),
+        (over(3.7, 4.3), {"min": 3.75, "max": 4.25}, SPANS),
+        (over(4.3, 4.4), {"min": 3.75, "max": 4.25}, "fails"),
+        (over(1.0, 2.0), {"equals": 0.0}, "fails"),
+        (over(1.5, 1.6, n=2), {"min": 1.0}, "not decided: n = 2"),
+        ({"mean": 1.5, "low": None, "high": None, "n": 1}, {"min": 1.0}, "not decided: n = 1"),
+        ({"mean": None, "low": None, "high": None, "n": 0}, {"min": 1.0}, "not decided: missing"),
+        ({"mean": 1.5, "low": None, "high": None, "n": 3}, {"min": 1.0}, "not decided: a seed ended without a finite value"),
+        (over(1.5, 1.6, undecided="unsettled"), {"min": 1.0}, "not decided: unsettled"),
+        (1.5, {"min": 1.0}, "not decided: no interval over seeds"),
+    ],
+)
+def test_where_seeds_matter_the_interval_decides_and_not_the_mean(tree, found, holds, verdict):
+    common.write_text(tree / "results" / "quick" / "mnist" / "summary.json", json.dumps({"x": [0, {"y": found}]}))
+    decided = claims.decide(CLAIM | {"holds": holds, "seeds": True}, "quick", tree)
+    assert words(decided) == verdict
+    if isinstance(found, dict) and found["low"] is not None:
+        assert f"n = {found['n']}" in claims.line(decided) and f"{abs(found['high']):.5g}" in claims.line(decided)
 
 
 def test_a_missing_file_or_key_is_not_decided(tree):
-    assert claims.decide(CLAIM, "quick", tree)["verdict"] == "not decided (missing)"
+    assert words(claims.decide(CLAIM, "quick", tree)) == "not decided: missing"
     common.write_text(tree / "results" / "quick" / "mnist" / "summary.json", '{"x": [1]}')
-    assert claims.decide(CLAIM, "quick", tree)["verdict"] == "not decided (missing)"
+    assert words(claims.decide(CLAIM, "quick", tree)) == "not decided: missing"
 
 
 @pytest.mark.parametrize(
@@ -132,11 +186,20 @@ def test_a_missing_file_or_key_is_not_decided(tree):
         ({"value": "x"}, "file"),
         ({"decided_at": ["qiuck"]}, "'qiuck'"),
         ({"colour": 1}, "colour"),
+        ({"written": "last week"}, "'last week'.*2026-11-21"),
+        ({"seeds": 3}, "seeds: 3"),
     ],
 )
 def test_a_claim_that_cannot_be_decided_is_refused(tree, change, words):
     (tree / "paper" / "claims.yaml").write_text(yaml.safe_dump([CLAIM | change]))
     with pytest.raises(PipelineError, match=words):
+        claims.load(tree)
+
+
+def test_a_claim_without_the_date_it_was_written_is_refused(tree):
+    undated = {key: value for key, value in CLAIM.items() if key != "written"}
+    (tree / "paper" / "claims.yaml").write_text(yaml.safe_dump([undated]))
+    with pytest.raises(PipelineError, match="written"):
         claims.load(tree)
 
 
