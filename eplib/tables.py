@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from . import plotting
-from .records import CONVERGED, Run, compare, differences
+from .comparisons import compare, differences
+from .records import CONVERGED
+from .runs import Run
 
 SETTLED_NOTE = "settled: of the validation samples, in percent; where it was not measured, what their residuals imply (≥, <, ?)"
 ENOUGH = 0.99  # share of the validation samples that must settle before a loss enters a difference
@@ -27,8 +29,8 @@ def without_gradient(run: Run) -> int:
 
 
 def settled(evaluation: Mapping, tol: float) -> tuple[float, float]:
-    """The least and the most share (0 to 1) of an evaluation's samples that ended at or below `tol`: equal where it was measured,
-    else what the largest and the median residual imply."""
+    """The least and the most share (0 to 1) of an evaluation's samples that ended at or below `tol`: equal where it was
+    measured, else what the largest and the median residual imply."""
     if evaluation.get("settled") is not None:
         return evaluation["settled"], evaluation["settled"]
     median, largest = evaluation["residual_median"], evaluation["residual_max"]
