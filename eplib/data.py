@@ -48,7 +48,6 @@ CORPORA = {
 }
 DATA = Path(__file__).resolve().parent.parent / "data"  # wherever a notebook or a command is started
 TOKENS = re.compile(r"chars|bpe([1-9][0-9]*)")
-TRAIN_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,12 @@ class Mnist:
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenised corpus: ids int64 of the first 90 % (train) and last 10 % (val) by position, and its vocabulary."""
+    """A tokenised corpus: its ids in order, int64 (N,), and its vocabulary. What of it is held out is a run's own choice
+    (`training.TextTask`)."""
 
     corpus: str
     tokens: str
-    train: np.ndarray
-    val: np.ndarray
+    ids: np.ndarray
     vocab: int
     codec: "Chars | Bpe"
 
@@ -179,8 +178,7 @@ def text(corpus: str, tokens: str, root: str | Path = DATA) -> Text:
     if hashlib.sha256(ids_file).hexdigest() != digest:
         raise _damaged(folder / "ids.npy", "does not belong to the vocab.json beside it", root, name)
     ids = np.load(io.BytesIO(ids_file), allow_pickle=False).astype(np.int64)
-    cut = int(TRAIN_SHARE * len(ids))
-    return Text(corpus, tokens, ids[:cut], ids[cut:], codec.vocab, codec)
+    return Text(corpus, tokens, ids, codec.vocab, codec)
 
 
 def _idx(content: bytes) -> np.ndarray:

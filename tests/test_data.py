@@ -322,14 +322,12 @@ def tale(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("tokens", ["chars", "bpe300"])
-def test_tokens_round_trip_and_split_by_position(tale, tokens):
+def test_tokens_round_trip(tale, tokens):
     assert fetching.main(["--root", str(tale), f"tinystories-{tokens}"]) == 0
     text = reading.text("tinystories", tokens, tale)
-    assert text.train.dtype == text.val.dtype == np.int64 and text.train.ndim == 1
-    everything = np.concatenate([text.train, text.val])
-    assert text.decode(everything) == TALE
-    assert text.encode(TALE) == everything.tolist()
-    assert len(text.train) == int(0.9 * len(everything)) and everything.max() < text.vocab
+    assert text.ids.dtype == np.int64 and text.ids.ndim == 1 and text.ids.max() < text.vocab
+    assert text.decode(text.ids) == TALE
+    assert text.encode(TALE) == text.ids.tolist()
     assert text.vocab == (300 if tokens == "bpe300" else len(set(TALE)))
     sample = "fox \u2014 <|endoftext|>\n"
     assert text.decode(text.encode(sample)) == sample
@@ -370,12 +368,12 @@ def test_token_sets_of_the_plays_are_the_recorded_ones(tmp_path):
     assert digests == {"plays-chars/ids.npy": "f4d5adbefca9e21f", "plays-chars/vocab.json": "01d1445233ac4a39",
                        "plays-bpe1024/ids.npy": "c9db05e0538ab2e7", "plays-bpe1024/vocab.json": "588aa392cb375b26"}
     plays = reading.text("plays", "chars", tmp_path)
-    assert plays.vocab == 78 and len(plays.train) + len(plays.val) == 4_845_497
-    assert plays.decode(plays.train[:25]) == "ALL'S WELL THAT ENDS WELL"
+    assert plays.vocab == 78 and len(plays.ids) == 4_845_497
+    assert plays.decode(plays.ids[:25]) == "ALL'S WELL THAT ENDS WELL"
     words = reading.text("plays", "bpe1024", tmp_path)
     assert words.vocab == 1024
-    end = words.decode(words.val[-2000:])
-    assert plays.decode(plays.val).endswith(end)
+    end = words.decode(words.ids[-2000:])
+    assert plays.decode(plays.ids[-len(end):]) == end
 
 
 def test_text_missing_damaged_outdated(tale):
