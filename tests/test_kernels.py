@@ -13,7 +13,7 @@ from eplib.diagnostics import LiveBytes, agreement
 from eplib.solvers import Anderson, Relaxation, Status, Substitution, norm, relative_force
 from eplib.starts import LinearStart
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled kernel is not built: python -m eplib.kernels")
+pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
 SHAPES = [(16, 4, 5, True, False), (32, 4, 13, True, False), (64, 4, 40, True, False), (48, 2, 9, False, False),
           (64, 8, 16, False, False), (64, 4, 4, False, True), (48, 4, 17, False, True)]  # the last two: linear attention

@@ -1,5 +1,6 @@
 """The files that describe the environment agree, and importing the package stays cheap."""
 
+import os
 import re
 import subprocess
 import sys
@@ -88,6 +89,30 @@ def test_make_help_is_the_default_and_lists_the_commands():
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     for command in ("setup", "repro", "test", "lab", "smoke", "paper", "figures", "clean"):
         assert f"make {command} " in done.stdout
+
+
+@pytest.mark.slow
+def test_a_kernel_that_cannot_be_built_fails_its_tests_and_is_skipped_only_without_a_compiler(tmp_path):
+    for path in [*ROOT.glob("eplib/**/*.py"), *ROOT.glob("eplib/kernels/*.cpp"), ROOT / "pipelines/__init__.py",
+                 ROOT / "pipelines/data.py", *(ROOT / f"tests/{name}.py" for name in ("conftest", "systems", "test_kernels"))]:
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    tests = ["pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "refuses"]
+
+    def run(*module: str, compiler: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", *module], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"CXX": compiler, "PYTHONPATH": str(tmp_path)})
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = run("eplib.kernels", compiler="false")
+    assert code == 1 and "false could not compile thick.cpp" in said and "Traceback" not in said
+    code, said = run(*tests, compiler="false")
+    assert code == 1 and "1 error" in said and "could not compile thick.cpp" in said
+    code, said = run("eplib.kernels", compiler="absent")
+    assert code == 1 and "no C++ compiler found" in said
+    code, said = run(*tests, compiler="absent")
+    assert code == 0 and "1 skipped" in said
 
 
 def test_interrupted_setup_does_not_count_as_done(tmp_path):
