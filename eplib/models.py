@@ -5,9 +5,13 @@ A model clamps inputs to x, holds the block, and gives one loss per sample of wh
     x = model.clamp(inputs)          # (B, T, C), what clamps the block
     h = model.block.output(z)        # (B, T, C)
     loss = model.loss(h, targets)    # (B,)
+
+What a model is given is checked where that costs nothing: ids out of range are found by the look-ups themselves and named here.
+On a GPU these end with a device-side assertion, as elsewhere in PyTorch; nothing here waits for it.
 """
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,20 +20,58 @@ from torch import Tensor, nn
 
 from .blocks import Block, Dynamical
 from .calculus import EPS, linear, normalise
-from .solvers import Solution, Solver
+from .solvers import Solution, Solver, Status
 
 if TYPE_CHECKING:
     from .kernels import CompiledBlock
 
 Backend = Literal["torch", "compiled"]
+IGNORED = -100  # a target that does not count, PyTorch's own default
+NEVER = torch.iinfo(torch.long).min  # for `ignore_index`, where every target counts
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target], (..., V), (...) -> (...); for complex logits its holomorphic extension."""
-    if not logits.is_complex():
-        return functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-    raised = logits - logits.real.amax(-1, keepdim=True).detach()
-    return raised.exp().sum(-1).log() - raised.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+class UnsettledWarning(UserWarning):
+    """Tokens were drawn from states that had not settled."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignored: int = NEVER) -> Tensor:
+    """-log softmax(logits)[target], (..., V), (...) -> (...); for complex logits its holomorphic extension. Zero where a
+    target is `ignored`. Raises TypeError or ValueError for targets of another type or shape, or out of range."""
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}; "
+                         "block.output is to give (B, T, C)")
+    _check_integer("targets", targets)
+    targets = targets.long()
+    try:
+        if not logits.is_complex():
+            return functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none",
+                                            ignore_index=ignored).view(targets.shape)
+        raised, left_out = logits - logits.real.amax(-1, keepdim=True).detach(), targets == ignored
+        chosen = raised.gather(-1, targets.masked_fill(left_out, 0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(left_out, 0, raised.exp().sum(-1).log() - chosen)
+    except (IndexError, RuntimeError):
+        _check_range("target", targets, logits.shape[-1], ignored)
+        raise
+
+
+def _check_integer(name: str, ids: Tensor) -> None:
+    if ids.dtype not in (torch.long, torch.int, torch.uint8):
+        raise TypeError(f"{name} must be ids, int64 (or int32, uint8), got {ids.dtype}; convert them with .long()")
+
+
+def _check_range(name: str, ids: Tensor, count: int, ignored: int = NEVER) -> None:
+    """Raises ValueError that names the first id outside 0 .. count - 1."""
+    wrong = ((ids < 0) | (ids >= count)) & (ids != ignored)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        padding = f"; {IGNORED} marks a target that does not count" if ignored == IGNORED else \
+            f"; {IGNORED} has no meaning here, leave the sample out" if int(ids[place]) == IGNORED else ""
+        raise ValueError(f"{name} {int(ids[place])} at {place} is not one of the {count} ids 0 .. {count - 1}{padding}")
+
+
+def _check_batch(inputs: Tensor, shape: str, dims: int) -> None:
+    if inputs.dim() != dims or 0 in inputs.shape:
+        raise ValueError(f"expected inputs {shape} with at least one sample and one token, got {tuple(inputs.shape)}")
 
 
 class EquilibriumModel(nn.Module):
@@ -47,6 +89,14 @@ class EquilibriumModel(nn.Module):
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """One loss for each sample, in nats: (B,)."""
         return self.loss_of(self.logits(h), targets)
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """How many targets of each sample count: (B,)."""
+        return (targets != IGNORED).view(len(targets), -1).sum(1)
+
+    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """How many targets of each sample have the largest logit; one that does not count is none of them: (B,)."""
+        return (logits.argmax(-1) == targets).view(len(targets), -1).sum(1)
 
     def dynamics(self, backend: Backend = "torch") -> "Dynamical | CompiledBlock":
         """What computes the block: the block itself, or the compiled kernel at its present weights. Raises
@@ -68,23 +118,35 @@ class EquilibriumModel(nn.Module):
 
 class LanguageModel(EquilibriumModel):
     """Next-token prediction: inputs and targets are token ids (B, T <= context); the loss is the mean cross-entropy over the
-    sample's own tokens, in nats."""
+    sample's own tokens that count, in nats.
+
+    A target of -100 does not count. A sample of which no target counts has the loss 0, without a gradient; it stays a sample of
+    the batch, over which gradients are averaged.
+    """
 
     def __init__(self, vocab: int, width: int, heads: int, context: int, block: Block):
         super().__init__(width, heads, context, vocab, block)
         self.embedding = nn.Embedding(vocab, width)  # unit variance: F starts well inside the contractive region
 
     def clamp(self, inputs: Tensor) -> Tensor:
-        """x (B, T, C) = token embedding + position. Raises ValueError if T exceeds the context."""
+        """x (B, T, C) = token embedding + position. Raises TypeError or ValueError for what is not a batch of ids of the
+        vocabulary, at most `context` a sample."""
+        _check_batch(inputs, "(B, T)", 2)
+        _check_integer("inputs", inputs)
         if inputs.shape[-1] > self.context:
             raise ValueError(f"{inputs.shape[-1]} tokens do not fit a context of {self.context}; crop the sequence")
-        return self.block.drive(self.embedding(inputs) + self.position[: inputs.shape[-1]])
+        try:
+            embedded = self.embedding(inputs.long())
+        except IndexError:
+            _check_range("input", inputs, self.embedding.num_embeddings)
+            raise
+        return self.block.drive(embedded + self.position[: inputs.shape[-1]])
 
     def logits(self, h: Tensor) -> Tensor:
         return linear(self.readout, normalise(self.norm, h))  # (B, T, C) -> (B, T, vocab)
 
     def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(logits, targets).mean(-1)  # (B, T) -> (B,)
+        return cross_entropy(logits, targets, IGNORED).sum(-1) / self.counted(targets).clamp_min(1)  # (B, T) -> (B,)
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, tokens: int, solver: Solver, temperature: float = 0.8,
@@ -94,11 +156,12 @@ class LanguageModel(EquilibriumModel):
         In a causal block the states of the past do not depend on what follows, so each step settles the new token alone, under
         the keys and values of those before it: exactly the state it has in the whole sequence. A window that has reached
         `context` tokens goes on with its last half, whose positions move, so that it is settled anew. Blocks without such a
-        past settle the window for every token.
+        past settle the window for every token. Warns (`UnsettledWarning`) with the number of tokens that were drawn from states
+        that had not settled. Raises TypeError or ValueError for a prompt that is empty or not of the vocabulary, and for
+        weights that are not finite.
         """
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        ids, first, settled, past = prompt, max(0, len(prompt) - self.context), 0, None
+        self._check_request(prompt, tokens, temperature)
+        ids, first, settled, past, unsettled = prompt.long(), max(0, len(prompt) - self.context), 0, None, 0
         for _ in range(tokens):
             if len(ids) - first > self.context:
                 first, past = len(ids) - self.context // 2, None
@@ -106,14 +169,33 @@ class LanguageModel(EquilibriumModel):
                 settled, past = first, self.block.prefix()
             x = self.clamp(ids[None, first:])[..., settled - first:, :]
             if past is None:
-                state = solver.settle(self.block, x).value
+                solution = solver.settle(self.block, x)
             else:
-                state = solver.solve(lambda z, x=x, past=past: past.force(z, x), self.block.start(x)).value
-                past.extend(state)
+                solution = solver.solve(lambda z, x=x, past=past: past.force(z, x), self.block.start(x))
+                past.extend(solution.value)
                 settled = len(ids)
-            logits = self.logits(self.block.output(state))[0, -1]
+            # without a tolerance the horizon is what was asked for
+            unsettled += solution.status is not Status.CONVERGED and (solver.tol > 0 or not solution.status.usable)
+            logits = self.logits(self.block.output(solution.value))[0, -1]
             ids = torch.cat([ids, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)])
+        if unsettled:
+            warnings.warn(f"{unsettled} of {tokens} tokens were drawn from states that had not settled to {solver.tol:g} in "
+                          f"{solver.max_steps} steps", UnsettledWarning, stacklevel=3)  # of who called through no_grad
         return ids
+
+    def _check_request(self, prompt: Tensor, tokens: int, temperature: float) -> None:
+        """Raises TypeError or ValueError for what `generate` cannot do."""
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, got {temperature}; a finite number")
+        if tokens < 0:
+            raise ValueError(f"tokens must be at least 0, got {tokens}")
+        if prompt.dim() != 1 or not len(prompt):
+            raise ValueError(f"expected a prompt (T,) of at least one token, got {tuple(prompt.shape)}")
+        _check_integer("prompt", prompt)
+        _check_range("prompt", prompt, self.embedding.num_embeddings)
+        for name, value in self.named_parameters():
+            if not value.isfinite().all():
+                raise ValueError(f"weights are not finite: {name}; nothing can be drawn from them, load an earlier checkpoint")
 
 
 class Classifier(EquilibriumModel):
@@ -127,9 +209,18 @@ class Classifier(EquilibriumModel):
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(patch))
 
     def clamp(self, inputs: Tensor) -> Tensor:
-        """x (B, tokens, C). Raises ValueError if the patches have another shape."""
+        """x (B, tokens, C). Raises TypeError or ValueError for patches of another shape or type, or that are not finite."""
         if inputs.shape[-2:] != (self.context, self.patch_size):
             raise ValueError(f"expected patches (B, {self.context}, {self.patch_size}), got {tuple(inputs.shape)}")
+        _check_batch(inputs, "(B, tokens, patch)", 3)
+        if inputs.dtype != self.embedding.weight.dtype:
+            raise TypeError(f"expected patches of {self.embedding.weight.dtype}, as the weights, got {inputs.dtype}; scale "
+                            "them to unit variance and convert them with .to()")
+        # a sum is quick and finite wherever the pixels are, unless they are near the end of the type's range
+        if not torch.compiler.is_compiling() and not inputs.sum().isfinite():
+            broken = (~inputs.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            if broken:
+                raise ValueError(f"the patches of sample {broken[0]} are not finite ({len(broken)} such samples); leave it out")
         return self.block.drive(self.embedding(inputs) + self.position)
 
     def logits(self, h: Tensor) -> Tensor:

@@ -248,17 +248,17 @@ def fastest_backend(config: RunConfig, device: str = "cpu") -> Backend:
 def evaluate(model: EquilibriumModel, task: ImageTask | TextTask, solver: Solver, batches: int | None = None,
              backend: Backend = "torch") -> dict:
     """Loss (nats), accuracy (percent), and residual and steps of the free phase over the validation split or its first
-    `batches` batches. A sample whose phase diverged counts with the state it was left in."""
+    `batches` batches, over the targets that count. A sample whose phase diverged counts with the state it was left in."""
     losses, right, total, residuals, steps = [], 0, 0, [], []
     for count, (inputs, targets) in enumerate(task.validation()):
         if count == batches:
             break
         inputs, targets = _like(model, inputs), _like(model, targets)
         solution = model.settle(inputs, solver, backend=backend)
-        h = model.block.output(solution.value)
-        losses.append(model.loss(h, targets))
-        right += (model.logits(h).argmax(-1) == targets).sum().item()
-        total += targets.numel()
+        logits, counted = model.logits(model.block.output(solution.value)), model.counted(targets)
+        losses.append(model.loss_of(logits, targets)[counted > 0])
+        right += model.correct(logits, targets).sum().item()
+        total += counted.sum().item()
         residuals.append(solution.residual)
         steps.append(solution.steps)
     residual = torch.cat(residuals)
