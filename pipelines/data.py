@@ -2,10 +2,12 @@
 
 NAME is mnist, plays, tinyshakespeare, tinystories, or a token set such as plays-chars, plays-bpe1024 or
 tinystories-bpe4096. Every source of a file is tried in turn; the SHA-256 of the decompressed file decides; a file
-appears under its name complete and checked or not at all.
+appears under its name complete and checked or not at all. A text whose line endings were converted, or that got a byte
+order mark, is taken without them if that is the file, byte for byte.
 """
 
 import argparse
+import codecs
 import errno
 import fcntl
 import gzip
@@ -104,7 +106,8 @@ def fixed_url(url: str) -> Source:
 
 
 def download(url: str) -> bytes:
-    """Return what an address holds; raises ConnectionError if it is not reached, SourceError if the transfer fails."""
+    """Return what an address holds; raises ConnectionError if it is not reached or silent, SourceError if the transfer fails or
+    gives no file."""
     try:
         import pooch
         import requests
@@ -115,11 +118,14 @@ def download(url: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         try:
             name = pooch.retrieve(url, known_hash=None, fname="file", path=folder, downloader=downloader)
-            return Path(name).read_bytes()
-        except requests.ConnectionError as error:
+            content = Path(name).read_bytes()
+        except (requests.ConnectionError, requests.Timeout) as error:
             raise ConnectionError(type(error).__name__) from error
         except (requests.RequestException, ValueError) as error:
             raise SourceError(f"transfer failed: {type(error).__name__}: {error}") from error
+    if problem := no_file(content):
+        raise SourceError(problem)
+    return content
 
 
 def npm() -> Source:
@@ -167,7 +173,26 @@ def gunzip(content: bytes) -> bytes:
     try:
         return gzip.decompress(content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SourceError(f"its .gz is cut off or damaged ({error})") from error
+        raise SourceError(f"its .gz is cut off or damaged ({no_file(content) or error})") from error
+
+
+def no_file(content: bytes) -> str | None:
+    """Return what was given in place of a file: nothing, or a web page (of an error, or to log in); else None."""
+    if not content:
+        return "is empty (0 bytes)"
+    if content[:1000].lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return f"is a web page of {len(content):,} bytes, not the file"
+    return None
+
+
+def restored(content: bytes, file: RawFile) -> tuple[bytes, str | None]:
+    """Return the content without the byte order mark and the Windows line endings that a text may have got, and what is wrong
+    with it or None."""
+    if not check(content, file):
+        return content, None
+    plain = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n") if file.name.endswith(".txt") else content
+    problem = no_file(content) or check(plain, file)
+    return plain, problem and problem + (" (without a byte order mark and Windows line endings)" if plain != content else "")
 
 
 # --- fetching
@@ -176,15 +201,12 @@ def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
     """Put a file into a folder from the first source that has it right; raises DataError naming each source tried."""
     path = folder / file.name
     part(path).unlink(missing_ok=True)  # left by a killed fetch
-    tried = []
-    if path.exists():
-        problem = check(path.read_bytes(), file)
-        if not problem:
-            print(f"{file.name}: already there")
-            return
-        tried.append(("already there", problem))
+    tried, there = [], path.read_bytes() if path.exists() else None
+    if there is not None and not check(there, file):
+        print(f"{file.name}: already there")
+        return
     print(f"{file.name}: fetching")
-    for source in sources:
+    for source in [*([] if there is None else [Source("already there", lambda _: there)]), *sources]:
         try:
             content = source.get(file)
         except SourceError as error:
@@ -195,7 +217,7 @@ def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
                 raise disk_full(Path(error.filename or tempfile.gettempdir()), file.size) from error
             tried.append((source.label, f"{type(error).__name__}: {error}"))
             continue
-        problem = check(content, file)
+        content, problem = restored(content, file)
         if problem:
             tried.append((source.label, problem))
             continue

@@ -1,5 +1,6 @@
 """Every source and every fault of the data stage, the real MNIST, and the token sets."""
 
+import codecs
 import errno
 import gzip
 import hashlib
@@ -10,6 +11,9 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +193,74 @@ def test_closed_network_fails_in_seconds(monkeypatch):
         fetching.download("https://127.0.0.1:9/file.gz")  # the discard port: nobody listens
 
 
+class Mirrors(BaseHTTPRequestHandler):
+    """Hosts that fail in every way, by the folder that is asked for; `good` has the file."""
+
+    def do_GET(self):
+        kind = self.path.split("/")[1]
+        if kind == "silent":
+            time.sleep(2)
+            return
+        if kind == "login":
+            self.send_response(302)
+            self.send_header("Location", "/page/")
+            self.end_headers()
+            return
+        page, zipped = b"\n<!DOCTYPE html>\n<title>Please log in</title>", gzip.compress(CONTENT)
+        body = {"page": page, "empty": b"", "cut": zipped, "short": zipped[:-20], "other": gzip.compress(CONTENT[::-1])}
+        self.send_response(404 if kind == "gone" else 200)
+        content = body.get(kind, zipped)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:-20] if kind == "cut" else content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirrors(monkeypatch):
+    """The address of a server of `Mirrors` on the loopback."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirrors)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+FAULTS = {"page": "is a web page of 45 bytes, not the file", "login": "is a web page", "empty": "is empty (0 bytes)",
+          "cut": "transfer failed", "short": "its .gz is cut off or damaged", "gone": "404", "other": "has SHA-256",
+          "silent": "not reached: ReadTimeout"}
+
+
+def test_a_mirror_that_gives_something_else_is_named_with_what_it_gave_and_the_next_is_tried(mirrors, tmp_path, capsys,
+                                                                                            monkeypatch):
+    monkeypatch.setattr(fetching, "READ_SECONDS", 0.5)
+    bad = [Source(kind, fetching.https(f"{mirrors}/{kind}/").get) for kind in FAULTS]
+    with pytest.raises(DataError) as error:
+        fetching.fetch(FILE, tmp_path, bad)
+    lines = str(error.value).splitlines()
+    for kind, gave in FAULTS.items():
+        assert any(line.startswith(f"  - {kind}: ") and gave in line for line in lines), (kind, lines)
+    assert listing(tmp_path) == []
+    fetching.fetch(FILE, tmp_path, [*bad, Source("good", fetching.https(f"{mirrors}/good/").get)])
+    assert (tmp_path / FILE.name).read_bytes() == CONTENT
+    said = capsys.readouterr().out
+    assert "from good (after page: is a web page" in said and "silent: not reached" in said
+    with pytest.raises(SourceError, match="is a web page"):
+        fetching.fixed_url(f"{mirrors}/page/input.txt").get(FILE)
+
+
+def test_a_silent_mirror_is_asked_once(mirrors, monkeypatch):
+    monkeypatch.setattr(fetching, "READ_SECONDS", 0.2)
+    silent = fetching.https(f"{mirrors}/silent/")
+    for _ in range(2):
+        with pytest.raises(SourceError, match="not reached: ReadTimeout"):
+            silent.get(FILE)
+        monkeypatch.setattr(fetching, "download", None)
+
+
 def npm_tarball(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -332,6 +404,22 @@ def test_tokens_round_trip(tale, tokens):
     sample = "fox \u2014 <|endoftext|>\n"
     assert text.decode(text.encode(sample)) == sample
     assert (len(text.encode("<|endoftext|>")) == 1) == (tokens == "bpe300")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace(b"\n", b"\r\n"), lambda text: codecs.BOM_UTF8 + text,
+                                    lambda text: codecs.BOM_UTF8 + text.replace(b"\n", b"\r\n")])
+def test_a_text_with_converted_line_endings_or_a_byte_order_mark_is_taken_without_them(tale, damage, capsys):
+    """From a mirror and where it already lies: what is stored is the text, byte for byte."""
+    content, mirror, there = TALE.encode(), tale.parent / "mirror" / "tale.txt", tale / "raw" / "tale.txt"
+    mirror.write_bytes(damage(content))
+    assert fetching.corpus_text("tinystories", tale) == TALE and there.read_bytes() == content
+    mirror.unlink()
+    there.write_bytes(damage(content))
+    assert fetching.corpus_text("tinystories", tale) == TALE and there.read_bytes() == content
+    there.write_bytes(damage(content[:-7]))
+    with pytest.raises(DataError, match=f"already there: has {len(content) - 7:,} bytes, expected .* \\(without a byte order"):
+        fetching.corpus_text("tinystories", tale)
+    assert there.read_bytes() == damage(content[:-7])
 
 
 def test_unknown_character_is_named(tale):

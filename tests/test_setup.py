@@ -115,6 +115,18 @@ def test_a_kernel_that_cannot_be_built_fails_its_tests_and_is_skipped_only_witho
     assert code == 0 and "1 skipped" in said
 
 
+def test_a_checkout_that_converts_line_endings_has_the_same_bytes(tmp_path):
+    """As on Windows with core.autocrlf: the embedded corpus keeps its checksum, and DVC sees no change."""
+    git = ["git", "-C", str(tmp_path / "clone")]
+    subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", "-c", "core.autocrlf=true", str(ROOT),
+                    str(tmp_path / "clone")], check=True)
+    files = [".gitattributes", "data/plays.txt.xz", "dvc.yaml", "pipelines/profiles/quick.yaml", "paper/main.typ"]
+    subprocess.run([*git, "checkout", "--quiet", "HEAD", "--", *files], check=True)
+    for name in files:
+        kept = subprocess.run([*git, "cat-file", "blob", f"HEAD:{name}"], capture_output=True, check=True).stdout
+        assert (tmp_path / "clone" / name).read_bytes() == kept, name
+
+
 def test_interrupted_setup_does_not_count_as_done(tmp_path):
     """A killed install leaves no stamp, so make starts it again; a finished one is not repeated."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
