@@ -11,6 +11,9 @@ PYTHON ?=
 # Stages started by DVC find the environment's python, jupyter and dvc first; nothing from outside leaks in.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
+# What DVC and matplotlib keep between calls lies in this folder: their usual places may be read-only or another user's.
+export DVC_SITE_CACHE_DIR ?= $(CURDIR)/.dvc/site
+export MPLCONFIGDIR ?= $(CURDIR)/.venv/matplotlib
 # Without bytecode every process compiles torch's Python anew: seconds, times a process a stage.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -19,6 +22,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # environment gets today's pip, which resolves this lock twice as fast as the one that comes with Python 3.11.
 STAMP := .venv/.setup-$(shell { cat requirements.lock pyproject.toml; pwd; } | git hash-object --stdin)
 
+# Whether another process holds the file of descriptor 9; if not, this one does now, until its shell and what it started have
+# ended. Where there is no flock (macOS) nothing is guarded.
+TAKEN := command -v flock >/dev/null && ! flock -n 9
+# DVC guards its own files, but a second `make repro` would begin by rewriting the stages under the first.
+ALONE := set -e; exec 9<.dvc/config; if $(TAKEN); then \
+  echo "Another make repro, paper or figures is at work in this folder: wait for it, or stop it, then call again." >&2; exit 1; fi
+
 help:  ## list the commands
 	@echo "Reproduce or test everything (the first call also sets up .venv, about 2 minutes):"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -26,8 +36,11 @@ help:  ## list the commands
 setup: $(STAMP)  ## create .venv from requirements.lock and install this package in it
 
 $(STAMP):
-	@echo "== set-up: .venv from requirements.lock (about 2 minutes where the CPU build of torch is at hand)"
-	@set -e; export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	@set -e; exec 9<Makefile; \
+	if $(TAKEN); then echo "== set-up: another make is setting up .venv; waiting for it"; flock 9; fi; \
+	if [ -e $@ ]; then exit 0; fi; \
+	echo "== set-up: .venv from requirements.lock (about 2 minutes where the CPU build of torch is at hand)"; \
+	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
 	if ls .venv/.setup-* >/dev/null 2>&1; then rm -f .venv/.setup-*; else rm -rf .venv; fi; \
 	fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; \
 	py=; for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \
@@ -58,9 +71,9 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
 	@echo "   13 to 40 minutes on 2 CPU cores the first time, by their age; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
-	@$(KERNEL)
-	python -m pipelines.stages --write
-	dvc repro
+	@$(ALONE); $(KERNEL); set -x; \
+	python -m pipelines.stages --write; \
+	dvc repro; \
 	python -m pipelines.verify --profile quick
 
 test: setup  ## run the tests (a few minutes; fetches MNIST once, about 12 MB)
@@ -76,15 +89,17 @@ smoke: setup  ## run every stage at toy size in a scratch folder (at most 4 minu
 	python -m pipelines.smoke
 
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
-	python -m pipelines.data tinyshakespeare-chars
-	dvc repro pipelines/paper/dvc.yaml
+	@$(ALONE); set -x; \
+	python -m pipelines.data tinyshakespeare-chars; \
+	dvc repro pipelines/paper/dvc.yaml; \
 	python -m pipelines.verify --profile paper
 
 # Stages of the paper profile that only read recorded runs, run again although nothing changed.
 REDRAWN := $(patsubst notebooks/%.ipynb,notebook-%,$(wildcard notebooks/*.ipynb)) claims paper report
 
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
-	python -m pipelines.data tinyshakespeare-chars
+	@$(ALONE); set -x; \
+	python -m pipelines.data tinyshakespeare-chars; \
 	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
 
 bench: setup  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (10 to 20 minutes, idle machine)

@@ -43,6 +43,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+SOCKET, SOCKET_PATH = "kernel-ipc-5", 103  # name of a kernel's last socket; bytes that a socket's path may have on any system
 CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")
 
 
@@ -348,6 +349,27 @@ def settle(notebook: Any) -> str:
     return dumps(notebook)
 
 
+def short_folder() -> Path:
+    """A new temporary folder whose path leaves room for the name of a socket; raises PipelineError if there is none.
+
+    TMPDIR may be too deep for that: then it is one in /tmp or /var/tmp.
+    """
+    places = list(dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp"]))
+    for place in places:
+        try:
+            made = Path(tempfile.mkdtemp(prefix="ep-", dir=place))
+        except OSError:
+            continue
+        if len(os.fsencode(made / SOCKET)) <= SOCKET_PATH:
+            return made
+        made.rmdir()
+    raise PipelineError(
+        "no temporary folder for the notebook kernel's sockets: the path of one may have "
+        f"{SOCKET_PATH - len(SOCKET) - len('/ep-12345678/')} characters and must be writable, tried {', '.join(places)}; "
+        "set TMPDIR to a short path"
+    )
+
+
 def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> tuple[dict[str, Any], str | None]:
     """Execute the normalised copy in a kernel of this interpreter; returns the executed notebook and, if a cell
     failed, which and how."""
@@ -356,7 +378,7 @@ def execute(source: dict[str, Any], parameters: dict[str, Any], root: Path) -> t
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
-    runtime = Path(tempfile.mkdtemp(prefix="ep-"))  # a short path: that of an ipc socket may have about 100 characters
+    runtime = short_folder()
     output = runtime / "executed.ipynb"
     managers: list[Any] = []
     failure = None

@@ -1,9 +1,13 @@
 """The files that describe the environment agree, and importing the package stays cheap."""
 
+import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from pathlib import Path
 
@@ -12,6 +16,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from pipelines import notebook
+from pipelines.common import PipelineError
 
 ROOT = Path(__file__).parent.parent
 ASKED_FOR = ("torch jupyterlab papermill nbconvert matplotlib seaborn tokenizers dvc pooch typst pydantic safetensors "
@@ -125,6 +132,70 @@ def test_a_checkout_that_converts_line_endings_has_the_same_bytes(tmp_path):
     for name in files:
         kept = subprocess.run([*git, "cat-file", "blob", f"HEAD:{name}"], capture_output=True, check=True).stdout
         assert (tmp_path / "clone" / name).read_bytes() == kept, name
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with the Makefile, a finished set-up that does nothing, and a `dvc` that takes its time."""
+    folder = tmp_path / "a folder with spaces"
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", ".dvc/config"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name, does in (("python", "true"), ("dvc", "touch began; while [ ! -e go ]; do sleep 0.05; done; pwd > ended")):
+        (folder / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / ".venv" / "bin" / name).chmod(0o755)
+    return folder
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def stamp(folder: Path) -> Path:
+    return folder / re.search(r"touch (\.venv/\.setup-[0-9a-f]+)", make(folder, "-n", "setup").stdout)[1]
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="nothing is guarded without flock")
+def test_a_second_make_repro_is_told_that_one_is_at_work(toy):
+    stamp(toy).touch()
+    first = subprocess.Popen(["make", "repro"], cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (toy / "began").exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.02)
+    for command in ("repro", "paper", "figures"):
+        second = make(toy, command)
+        assert second.returncode and "Another make repro, paper or figures is at work in this folder" in second.stderr
+    (toy / "go").touch()
+    said = first.communicate(timeout=30)[0]
+    assert first.returncode == 0, said
+    assert (toy / "ended").read_text().strip() == str(toy) and make(toy, "repro").returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="nothing is guarded without flock")
+def test_a_second_set_up_waits_for_the_first_and_does_not_install_again(toy):
+    with (toy / "Makefile").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = subprocess.Popen(["make", "setup", "PYTHON=absent"], cwd=toy, stdout=subprocess.PIPE, text=True)
+        assert "another make is setting up .venv; waiting for it" in waiting.stdout.readline()
+        stamp(toy).touch()  # the first is done
+    assert "== set-up done" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
+
+
+def test_notebooks_run_where_the_home_is_read_only_and_the_temporary_folder_deep(tmp_path, monkeypatch):
+    """The kernel's sockets need a short path; deeper than that they are put elsewhere."""
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    for name, value in {"TMPDIR": deep, "HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "XDG_CONFIG_HOME": "/proc/none"}.items():
+        monkeypatch.setenv(name, str(value))
+    cell = {"cell_type": "code", "source": "import os; print(os.environ['TMPDIR'])"}
+    executed, failure = notebook.execute({"notebook": "toy", "cells": [cell]}, {}, tmp_path)
+    assert failure is None and executed["cells"][-1]["outputs"][0]["text"] == [f"{deep}\n"]
+    assert list(deep.iterdir()) == []
+    monkeypatch.setattr(notebook, "SOCKET_PATH", 10)
+    with pytest.raises(PipelineError, match="no temporary folder for the notebook kernel's sockets.*set TMPDIR to a short path"):
+        notebook.short_folder()
 
 
 def test_interrupted_setup_does_not_count_as_done(tmp_path):
