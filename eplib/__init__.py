@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "__version__"]
 
 _LAZY = {"gradient": "estimators"}
-_MODULES = ("blocks", "calculus", "comparisons", "controllers", "data", "diagnostics", "estimators", "horizons", "models",
-            "kernels", "plotting", "profiles", "records", "runs", "solvers", "spectra", "starts", "training")
+_MODULES = ("blocks", "calculus", "comparisons", "controllers", "data", "diagnostics", "estimators", "gdu", "horizons",
+            "kernels", "models", "plotting", "profiles", "records", "runs", "solvers", "spectra", "starts", "training")
 
 
 def __getattr__(name: str):
