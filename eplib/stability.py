@@ -1,0 +1,69 @@
+"""What E5 says of training runs: how far right the spectrum of J went, in which mode, and how many of the runs crossed zero."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .records import Run
+
+RITZ = 1e-2  # residual of the rightmost Ritz pair above which its real part is no measurement
+UNCONVERGED = "Ritz values that had not converged at the right edge"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The eigenvalue of J furthest right in a run: abscissa, its real part; frequency, its imaginary part, 0 for a real mode;
+    the update step at which it was found; and whether all of the run's abscissas are measurements."""
+
+    abscissa: float
+    frequency: float
+    step: int
+    measured: bool
+
+    @property
+    def crossed(self) -> bool:
+        return self.abscissa > 0
+
+    @property
+    def oscillates(self) -> bool:
+        """Whether it is one of a complex pair, which crosses as a Hopf bifurcation; a real one is a fold or a pitchfork."""
+        return self.frequency > 0
+
+
+def measured(run: Run) -> bool:
+    """Whether the abscissas along a run are exact or from Ritz pairs that had converged. Runs recorded before the residual was
+    logged hold Ritz values of 40 Arnoldi vectors, which may lie left of the edge, or right of it where J is far from normal."""
+    residual = run.curve.get("abscissa_residual")
+    return residual is not None and bool((residual <= RITZ).all())
+
+
+def rightmost(run: Run) -> Mode:
+    """The rightmost mode over a run's evaluations: value and frequency are those of one mode."""
+    at = int(np.nanargmax(run.curve["abscissa"]))
+    return Mode(*(float(run.curve[key][at]) for key in ("abscissa", "frequency")), int(run.curve["step"][at]), measured(run))
+
+
+def rate_step(run: Run) -> float:
+    """The step s of the map I + s J whose spectral radius a run's rate_arnoldi is."""
+    return float(run.curve["rate_step"][-1]) if "rate_step" in run.curve else run.config.solver.step
+
+
+def crossing(runs: Iterable[Run]) -> dict | None:
+    """The rightmost mode of some runs as results files hold it: value, frequency of the same mode, n runs, how many crossed
+    zero, how many of these in a complex pair; `undecided` where some abscissas are no measurement. None without a run."""
+    modes = [rightmost(run) for run in runs]
+    if not modes:
+        return None
+    first = max(modes, key=lambda mode: mode.abscissa)
+    crossed = [mode for mode in modes if mode.crossed]
+    guessed = sum(not mode.measured for mode in modes)
+    return {"value": first.abscissa, "frequency": first.frequency, "n": len(modes), "crossed": len(crossed),
+            "oscillating": sum(mode.oscillates for mode in crossed)} | (
+        {"undecided": f"{guessed} of {len(modes)} runs hold {UNCONVERGED}"} if guessed else {})
+
+
+def listed(runs: Iterable[Run], digits: int = 3) -> str:
+    """Every run's rightmost mode as a table prints it: abscissa and, of a complex pair, its frequency."""
+    return ", ".join(f"{mode.abscissa:.{digits}f}" + (f" (±{mode.frequency:.2f}i)" if mode.oscillates else "")
+                     for mode in map(rightmost, runs))

@@ -1,0 +1,45 @@
+"""What is said of a crossing: one mode's value and frequency, every run, and no verdict from what was not measured."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from eplib import stability
+
+
+def run(abscissa, frequency, residual=None, step=0.5, **curve):
+    columns = {"step": 10 * np.arange(1, len(abscissa) + 1), "abscissa": np.array(abscissa), "frequency": np.array(frequency)}
+    if residual is not None:
+        columns["abscissa_residual"] = np.array(residual)
+    return SimpleNamespace(curve=columns | {key: np.array(value) for key, value in curve.items()},
+                           config=SimpleNamespace(solver=SimpleNamespace(step=step)))
+
+
+def test_value_and_frequency_are_those_of_one_mode_of_one_run():
+    runs = [run([-0.4, 0.2, -0.1], [0.0, 0.0, 2.1], [0, 0, 0]), run([-0.4, 0.9, 0.7], [0.0, 2.46, 0.0], [0, 0, 0]),
+            run([-0.4, -0.3, -0.2], [3.0, 0.0, 1.0], [0, 0, 0])]
+    assert stability.rightmost(runs[1]) == stability.Mode(0.9, 2.46, 20, True)
+    assert stability.crossing(runs) == {"value": 0.9, "frequency": 2.46, "n": 3, "crossed": 2, "oscillating": 1}
+    assert stability.listed(runs) == "0.200, 0.900 (±2.46i), -0.200 (±1.00i)"
+
+
+def test_one_run_that_crosses_is_seen_among_many_that_do_not():
+    found = stability.crossing([run([-0.1], [0.0], [0])] * 20 + [run([0.01], [1.0], [0])])
+    assert found["value"] == 0.01 and found["crossed"] == found["oscillating"] == 1 and found["n"] == 21
+
+
+@pytest.mark.parametrize("residual", [None, [0.0, 0.5], [0.0, np.nan]])
+def test_ritz_values_that_have_not_converged_decide_nothing(residual):
+    found = stability.crossing([run([-0.4, -0.2], [0.0, 0.0], [0, 0]), run([-0.4, -0.1], [0.0, 0.0], residual)])
+    assert "1 of 2 runs" in found["undecided"]
+    assert "undecided" not in stability.crossing([run([-0.4], [0.0], [1e-4])])
+
+
+def test_without_a_run_nothing_is_known():
+    assert stability.crossing([]) is None
+
+
+def test_a_rate_belongs_to_the_step_that_it_was_measured_at():
+    assert stability.rate_step(run([0.0], [0.0])) == 0.5
+    assert stability.rate_step(run([0.0], [0.0], rate_step=[0.8])) == 0.8
