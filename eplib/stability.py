@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .records import Run
+from .runs import Run
 
 RITZ = 1e-2  # residual of the rightmost Ritz pair above which its real part is no measurement
 UNCONVERGED = "Ritz values that had not converged at the right edge"
