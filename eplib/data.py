@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ class Bpe:
         return len(set(model["model"]["vocab"]) | {token["content"] for token in model["added_tokens"]})
 
     @functools.cached_property
-    def library(self):
+    def library(self) -> Any:
         from tokenizers import Tokenizer  # here, because training on prepared ids needs no tokenizers
 
         return Tokenizer.from_str(self.tokenizer)

@@ -12,6 +12,7 @@ On a GPU these end with a device-side assertion, as elsewhere in PyTorch; nothin
 
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -81,10 +82,22 @@ class EquilibriumModel(nn.Module):
         super().__init__()
         self.context = context
         self.position = nn.Parameter(0.1 * torch.randn(context, width))
-        self.block = block.build(width, heads, context)
+        self.block: Dynamical = block.build(width, heads, context)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.readout = nn.Linear(width, outputs, bias=False)
         nn.init.normal_(self.readout.weight, std=0.1 / math.sqrt(width))  # near-uniform predictions, yet a gradient for z
+
+    def clamp(self, inputs: Tensor) -> Tensor:
+        """What clamps the block, x (B, T, C). Raises TypeError or ValueError for inputs that the model does not take."""
+        raise NotImplementedError
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Of what is read out, (B, T, C): one for each class or symbol, (..., V)."""
+        raise NotImplementedError
+
+    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """One loss for each sample, in nats: (B,)."""
+        raise NotImplementedError
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """One loss for each sample, in nats: (B,)."""
@@ -171,7 +184,7 @@ class LanguageModel(EquilibriumModel):
             if past is None:
                 solution = solver.settle(self.block, x)
             else:
-                solution = solver.solve(lambda z, x=x, past=past: past.force(z, x), self.block.start(x))
+                solution = solver.solve(partial(past.force, x=x), self.block.start(x))
                 past.extend(solution.value)
                 settled = len(ids)
             # without a tolerance the horizon is what was asked for

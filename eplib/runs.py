@@ -18,7 +18,7 @@ from .formats import columns, to_json
 from .models import EquilibriumModel
 from .provenance import source_digest
 from .solvers import Anderson, Relaxation
-from .training import RunConfig, build_model, build_task
+from .training import RunConfig, TextTask, build_model, build_task
 
 PROMPT = "The king"  # of the recorded samples of text
 
@@ -82,12 +82,15 @@ class Run:
                  step: int | None = None, root: Path = data.DATA) -> str:
         """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver.
 
-        Raises FileNotFoundError without weights here, `data.DataError` for a character that the run's corpus has not.
+        Raises FileNotFoundError without weights here, `data.DataError` for a character that the run never trained on,
+        ValueError for a run on images.
         """
-        text = data.text(self.config.data.corpus, self.config.data.tokens, root)
-        ids = self.model(step, root).generate(torch.tensor(text.encode(prompt)), tokens, self.config.solver, temperature,
+        task = build_task(self.config, root)
+        if not isinstance(task, TextTask):
+            raise ValueError(f"{self.config.name} was trained on images, and only a text can be continued")
+        ids = self.model(step, root).generate(task.encode(prompt), tokens, self.config.solver, temperature,
                                               torch.Generator().manual_seed(seed))
-        return text.decode(ids.tolist())
+        return task.text.decode(ids.tolist())
 
     @property
     def sample(self) -> str | None:

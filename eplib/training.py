@@ -204,14 +204,26 @@ class TextTask:
 
     def __init__(self, config: RunConfig, root: Path):
         self.config, self.context = config, config.model.context
-        text = corpora.text(config.data.corpus, config.data.tokens, root)
-        self.vocab, ids = text.vocab, torch.from_numpy(text.ids)
+        self.text = corpora.text(config.data.corpus, config.data.tokens, root)
+        self.vocab, ids = self.text.vocab, torch.from_numpy(self.text.ids)
         cut = int((1 - config.data.validation) * len(ids))
         self.train, self.held_out = ids[:cut], ids[cut:]
 
     def model(self) -> EquilibriumModel:
         shape = self.config.model
         return LanguageModel(vocab=self.vocab, width=shape.width, heads=shape.heads, context=shape.context, block=shape.block)
+
+    def encode(self, prompt: str) -> Tensor:
+        """Ids (T,) of a prompt. Raises `eplib.data.DataError` for what the vocabulary lacks, or the training split: a model has
+        learned nothing of it."""
+        ids = torch.tensor(self.text.encode(prompt), dtype=torch.long)
+        seen = torch.bincount(self.train, minlength=self.vocab) > 0
+        if not seen[ids].all():
+            unseen = self.text.decode(ids[~seen[ids]].unique().tolist())
+            raise corpora.DataError(f"the training split of {self.text.corpus} never has {unseen!r}, so that the model knows "
+                                    f"nothing of it; choose a prompt without it, or a smaller data.validation than "
+                                    f"{self.config.data.validation:g}")
+        return ids
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + step)

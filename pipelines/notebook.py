@@ -320,7 +320,7 @@ def settle(notebook: Any) -> str:
     streams."""
 
     def clean(text: str) -> str:
-        return CELL_FILE.sub("cell", ADDRESS.sub("0x0", text))
+        return CELL_FILE.sub("cell", ADDRESS.sub("0x0", text)).replace(f"{ROOT}/", "")  # a warning names its file
 
     for number, cell in enumerate(notebook["cells"], start=1):
         cell["id"] = f"cell-{number:02d}"

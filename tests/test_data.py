@@ -85,15 +85,15 @@ def test_full_disk_while_writing_keeps_previous_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="disk is full: cannot write .*sample-ubyte .10,240 bytes"):
+    with pytest.raises(DataError, match=r"disk is full: cannot write .*sample-ubyte .10,240 bytes"):
         fetching.fetch(FILE, tmp_path, [source(CONTENT), source(AssertionError("asked"))])
     assert (tmp_path / FILE.name).read_bytes() == PREVIOUS
     assert listing(tmp_path) == [FILE.name]
 
 
 def test_full_disk_of_temporary_files_stops_at_once(tmp_path):
+    full = source(OSError(errno.ENOSPC, "No space left"))
     with pytest.raises(DataError, match="disk is full"):
-        full = source(OSError(errno.ENOSPC, "No space left"))
         fetching.fetch(FILE, tmp_path, [full, source(AssertionError("asked"))])
 
 
@@ -159,7 +159,7 @@ def test_mirror_damaged_gz(folder, damage):
 
 
 def test_mirror_not_set_not_there_or_empty(folder, monkeypatch):
-    with pytest.raises(SourceError, match="neither sample-ubyte nor sample-ubyte.gz"):
+    with pytest.raises(SourceError, match=r"neither sample-ubyte nor sample-ubyte\.gz"):
         fetching.mirror().get(FILE)
     monkeypatch.setenv("EPLIB_DATA_MIRROR", str(folder / "absent"))
     with pytest.raises(SourceError, match="is not a folder"):
@@ -465,7 +465,7 @@ def test_token_sets_of_the_plays_are_the_recorded_ones(tmp_path):
 
 
 def test_text_missing_damaged_outdated(tale):
-    with pytest.raises(DataError, match="tinystories-chars/vocab.json .*pipelines.data --root .* tinystories-chars"):
+    with pytest.raises(DataError, match=r"tinystories-chars/vocab.json .*pipelines.data --root .* tinystories-chars"):
         reading.text("tinystories", "chars", tale)
     fetching.prepare("tinystories", "chars", tale)
     folder = tale / "prepared" / "tinystories-chars"

@@ -3,26 +3,27 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
 from torch import nn
 
 import eplib
-from eplib import blocks, estimators, models
+from eplib import blocks, data, estimators, models
 from eplib.blocks import Dynamical
 from eplib.models import IGNORED, UnsettledWarning
 from eplib.solvers import Anderson, FixedHorizon, Relaxation
-from eplib.training import evaluate
+from eplib.training import Architecture, RunConfig, Text, TextTask, evaluate
 from systems import TIGHT
 
 ADJOINTS = [estimators.DyadicEP(), estimators.DyadicEP(held=False, beta=1e-4), estimators.AsymEP(beta=1e-4),
             estimators.Tracking(beta=1e-4), estimators.HolomorphicEP(beta=1e-2), estimators.Implicit()]
 
 
-def language_model(dtype=torch.float64, block=blocks.Thick(init=0.5), width=16):
+def language_model(dtype=torch.float64, block=None):
     torch.manual_seed(0)
-    return models.LanguageModel(vocab=11, width=width, heads=2, context=6, block=block).to(dtype)
+    return models.LanguageModel(vocab=11, width=16, heads=2, context=6, block=block or blocks.Thick(init=0.5)).to(dtype)
 
 
 def classifier():
@@ -169,7 +170,7 @@ def test_patches_of_another_type_or_shape_or_not_finite_are_refused():
     with pytest.raises(ValueError, match=r"expected patches \(B, 5, 4\), got \(3, 4, 5\)"):
         model.clamp(good.mT)
     for wrong in (good.double(), good.to(torch.uint8)):
-        with pytest.raises(TypeError, match="expected patches of torch.float32"):
+        with pytest.raises(TypeError, match=r"expected patches of torch\.float32"):
             model.clamp(wrong)
     for value in (math.nan, math.inf, -math.inf):
         bad = good.clone()
@@ -217,6 +218,21 @@ def test_a_users_block_of_another_state_shape_trains_and_one_that_reads_out_the_
 
 # --- generation
 
+def test_a_prompt_is_refused_for_what_the_training_split_never_has(monkeypatch):
+    """`c` stands in the held-out end only: it has an id, and an embedding that no gradient ever reached."""
+    codec = data.Chars(("a", "b", "c"))
+    text = data.Text("plays", "chars", np.array(codec.encode("abab" * 5 + "cc")), 3, codec)
+    monkeypatch.setattr(data, "text", lambda *_: text)
+    run = RunConfig(experiment="x", arm="a", data=Text(corpus="plays"), steps=1, estimator=estimators.DyadicEP(),
+                    model=Architecture(width=8, heads=2, context=2, block=blocks.Thick()))
+    task = TextTask(run, None)
+    assert task.encode("ba").tolist() == [1, 0] and task.encode("").dtype is torch.long
+    with pytest.raises(data.DataError, match=r"training split of plays never has 'c'.*data.validation than 0.1"):
+        task.encode("abc")
+    with pytest.raises(data.DataError, match="cannot encode 'd'"):
+        task.encode("abcd")
+
+
 def test_what_cannot_be_continued_is_refused():
     model, prompt, solver = language_model(), torch.arange(3), Relaxation()
     for wrong, said in ((prompt[:0], "at least one token"), (prompt[None], "at least one token"),
@@ -233,7 +249,7 @@ def test_what_cannot_be_continued_is_refused():
     assert torch.equal(model.generate(prompt, 0, solver), prompt)
     with torch.no_grad():
         model.block.layers.wo.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="weights are not finite: block.layers.wo.weight"):
+    with pytest.raises(ValueError, match=r"weights are not finite: block\.layers\.wo\.weight"):
         model.generate(prompt, 1, solver)
 
 
