@@ -9,8 +9,9 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "__version__"]
 
 _LAZY = {"gradient": "estimators"}
-_MODULES = ("blocks", "calculus", "comparisons", "controllers", "data", "diagnostics", "estimators", "gdu", "horizons",
-            "kernels", "models", "plotting", "profiles", "records", "runs", "solvers", "spectra", "starts", "training")
+_MODULES = ("blocks", "calculus", "comparisons", "controllers", "data", "diagnostics", "estimators", "evaluation", "gdu",
+            "horizons", "kernels", "log", "models", "plotting", "profiles", "records", "runconfig", "runs", "solvers",
+            "spectra", "starts", "tasks", "training")
 
 
 def __getattr__(name: str):

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy
 import torch
 
-SOURCE = ("blocks", "calculus", "config", "contrast", "controllers", "data", "diagnostics", "estimators", "files", "horizons",
-          "kernels/__init__", "models", "solvers", "spectra", "starts", "training")
+SOURCE = ("blocks", "calculus", "config", "contrast", "controllers", "data", "diagnostics", "estimators", "evaluation",
+          "files", "horizons", "kernels/__init__", "log", "models", "runconfig", "solvers", "spectra", "starts", "tasks", "training")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 
 

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
+from torch import Tensor
+
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, paired, spread
 from .config import digest, plain
 from .diagnostics import adaptive_compute
@@ -28,7 +31,7 @@ from .models import Backend
 from .profiles import ROOT, configurations, load_profile
 from .provenance import machine, source_digest, versions
 from .runs import PROMPT, Run
-from .solvers import FixedHorizon, Substitution
+from .solvers import FixedHorizon, Solver, Substitution
 from .training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
@@ -180,22 +183,30 @@ class Store:
 
 
 def summarise(trainer: Trainer, progress: Progress) -> dict:
-    """The metrics of a finished run on the whole validation split: with the training solver, at the converged fixed point, and the
-    loss of the start state, the solver removed."""
-    config, model = trainer.config, trainer.average
-    excursions = [row["step"] for row in progress.rows if not row["free_residual_max"] <= EXCURSION]
+    """The metrics of a finished run: counts over its steps, and of the whole validation split what `evaluate` says with the training
+    solver, from the training's predicted start where it has one, and at the converged fixed point, and the loss of the start
+    state, the solver removed."""
+    config, model, rows = trainer.config, trainer.average, progress.rows
+
+    def evaluated(solver: Solver, start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
+        return evaluate(model, trainer.task, solver, backend=trainer.backend, start=start)
+
+    above = ~(rows.column("free_residual_max") <= EXCURSION)
     best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
-    rates = [row["rate_arnoldi"] for row in progress.curve if "rate_arnoldi" in row]
-    metrics = {"final": evaluate(model, trainer.task, config.solver, backend=trainer.backend),
-               "best_loss": best["loss"], "best_step": best["step"],
-               "excursions": len(excursions), "first_excursion": excursions[0] if excursions else None,
-               "gated": sum(row["gated"] for row in progress.rows), "skipped": sum(row["skipped"] for row in progress.rows),
-               "force_evaluations": sum(row["force_evaluations"] for row in progress.rows),
-               "rate_arnoldi": rates[-1] if rates else None,
+    rates = progress.curve.column("rate_arnoldi")
+    rates = rates[~numpy.isnan(rates)]
+    counts = {name: int(rows.column(name).sum())
+              for name in ("gated", "gated_nudged", "skipped", "force_evaluations", "audit_evaluations")}
+    metrics = {"final": evaluated(config.solver), "best_loss": best["loss"], "best_step": best["step"],
+               "excursions": int(above.sum()), "first_excursion": int(above.argmax()) + 1 if above.any() else None,
+               "without_gradient": len(rows) - int(rows.column("task_gradient").sum())} | counts | {
+               "rate_arnoldi": float(rates[-1]) if len(rates) else None, "rate_step": config.solver.step if len(rates) else None,
                "parameters": sum(p.numel() for p in model.parameters())}
+    if config.start:
+        metrics["training_start"] = evaluated(config.solver, trainer.predicted_start)
     if not model.block.explicit:
-        metrics["converged"] = evaluate(model, trainer.task, CONVERGED, backend=trainer.backend)
-        metrics["solver_removed"] = evaluate(model, trainer.task, FixedHorizon(steps=0), backend=trainer.backend)["loss"]
+        metrics["converged"] = evaluated(CONVERGED)
+        metrics["solver_removed"] = evaluated(FixedHorizon(steps=0))["loss"]
     if config.adaptive:
         metrics["adaptive"] = {name: adaptive_compute(model, trainer.task.validation(), config.solver.step, noise=noise)
                                for name, noise in (("clean", 0.0), ("noisy", NOISE))}

@@ -1,0 +1,67 @@
+"""What a run's weights are worth on the validation split, and where the spectrum at their fixed point ends."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import spectra
+from .models import Backend, EquilibriumModel
+from .solvers import Relaxation, Solver
+from .tasks import Task
+
+EXCURSION = 1e-1  # free residual above which a sample, and a step by the largest of its batch, counts as an excursion
+SEQUENCES = 4  # of the first training batch, at which an evaluation takes the spectrum
+TAIL = 64  # steps of plain relaxation at an evaluation, at most, the last of which gives `rate_tail`
+
+
+def moved(model: nn.Module, a: Tensor) -> Tensor:
+    """A tensor where the model's weights are."""
+    return a.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int | None = None, backend: Backend = "torch",
+             start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
+    """Loss (nats) and accuracy (percent) over the targets that count of the validation split or its first `batches` batches; and of
+    the free phase residual and steps, `settled`, the share of samples that ended at or below the solver's tolerance, and `excursions`, the
+    number of those above `EXCURSION`.
+
+    start: predicts the start state from the clamp x (None: the block's own, as without it). A sample whose phase diverged counts
+    with the state it was left in.
+    """
+    losses, right, total, residuals, steps, dynamics = [], 0, 0, [], [], model.dynamics(backend)
+    for count, (inputs, targets) in enumerate(task.validation()):
+        if count == batches:
+            break
+        inputs, targets = moved(model, inputs), moved(model, targets)
+        x = model.clamp(inputs)
+        solution = solver.settle(dynamics, x, start(x) if start else None)
+        logits, counted = model.logits(model.block.output(solution.value)), model.counted(targets)
+        losses.append(model.loss_of(logits, targets)[counted > 0])
+        right += model.correct(logits, targets).sum().item()
+        total += counted.sum().item()
+        residuals.append(solution.residual)
+        steps.append(solution.steps)
+    residual = torch.cat(residuals)
+    return {"loss": torch.cat(losses).double().mean().item(), "accuracy": 100 * right / total,
+            "residual_median": residual.median().item(), "residual_max": residual.max().item(),
+            "settled": (residual <= solver.tol).double().mean().item(),
+            "excursions": int((~(residual <= EXCURSION)).sum()), "iterations": torch.cat(steps).double().mean().item()}
+
+
+def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver) -> dict[str, float]:
+    """The spectrum's edges at the fixed point of the first `SEQUENCES` of inputs, and the rate at which plain relaxation at the
+    solver's step ends there; nothing where the free phase diverges or the block has none."""
+    if model.block.explicit:
+        return {}
+    inputs, step = moved(model, inputs[:SEQUENCES]), solver.step
+    solution = model.settle(inputs, solver)
+    if not solution.status.usable:
+        return {}
+    with torch.no_grad():
+        jacobian = model.block.linearise(solution.value, model.clamp(inputs))
+    relaxed = model.settle(inputs, Relaxation(step=step, max_steps=TAIL, tol=1e-5))
+    return spectra.edges(spectra.eigenvalues(jacobian, solution.value, step), step) | {
+        "rate_step": step, "numerical_abscissa": spectra.numerical_abscissa(jacobian, solution.value).max().item(),
+        "rate_tail": relaxed.rate.max().item()}
