@@ -23,12 +23,12 @@ def moved(model: nn.Module, a: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int | None = None, backend: Backend = "torch",
              start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
-    """Loss (nats) and accuracy (percent) over the targets that count of the validation split or its first `batches` batches; and of
-    the free phase residual and steps, `settled`, the share of samples that ended at or below the solver's tolerance, and `excursions`, the
-    number of those above `EXCURSION`.
+    """Loss (nats) and accuracy (percent) over the targets that count of the validation split, or of its first `batches` batches;
+    of the free phase residual and steps, `settled`, the share of samples that ended at or below the solver's tolerance, and
+    `excursions`, the number of those above `EXCURSION`.
 
-    start: predicts the start state from the clamp x (None: the block's own, as without it). A sample whose phase diverged counts
-    with the state it was left in.
+    start: predicts the start state from the clamp x (None: the block's own, as without it). A sample whose phase diverged
+    counts with the state it was left in.
     """
     losses, right, total, residuals, steps, dynamics = [], 0, 0, [], [], model.dynamics(backend)
     for count, (inputs, targets) in enumerate(task.validation()):

@@ -1,6 +1,7 @@
 """What a run has done so far: its log, a row for each step, the evaluations, and the line of progress that it shows.
 
-A log of 150,000 steps is kept by columns, 8 bytes a value: it stays small beside the weights, and goes into a checkpoint as tensors.
+A log of 150,000 steps is kept by columns, 8 bytes a value: small enough for the process that trains, and a checkpoint has it as
+tensors.
 """
 
 import math

@@ -183,8 +183,8 @@ class Store:
 
 
 def summarise(trainer: Trainer, progress: Progress) -> dict:
-    """The metrics of a finished run: counts over its steps, and of the whole validation split what `evaluate` says with the training
-    solver, from the training's predicted start where it has one, and at the converged fixed point, and the loss of the start
+    """The metrics of a finished run: counts over its steps; on the whole validation split what `evaluate` says with the training
+    solver, from the training's predicted start where it has one, and at the converged fixed point; and the loss of the start
     state, the solver removed."""
     config, model, rows = trainer.config, trainer.average, progress.rows
 
@@ -200,7 +200,8 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
     metrics = {"final": evaluated(config.solver), "best_loss": best["loss"], "best_step": best["step"],
                "excursions": int(above.sum()), "first_excursion": int(above.argmax()) + 1 if above.any() else None,
                "without_gradient": len(rows) - int(rows.column("task_gradient").sum())} | counts | {
-               "rate_arnoldi": float(rates[-1]) if len(rates) else None, "rate_step": config.solver.step if len(rates) else None,
+               "rate_arnoldi": float(rates[-1]) if len(rates) else None,
+               "rate_step": config.solver.step if len(rates) else None,
                "parameters": sum(p.numel() for p in model.parameters())}
     if config.start:
         metrics["training_start"] = evaluated(config.solver, trainer.predicted_start)

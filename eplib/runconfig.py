@@ -1,4 +1,4 @@
-"""What a training run is: data, model, estimator, solvers, controllers, optimiser and budget, as one validated configuration."""
+"""What a training run is, as one validated configuration: data, model, estimator, solvers, controllers, optimiser, budget."""
 
 from dataclasses import replace
 from typing import Annotated, Literal

@@ -16,8 +16,7 @@ from .runconfig import Mnist, RunConfig
 
 
 class ImageTask:
-    """Patches and labels of MNIST in the run's order: a fresh permutation each epoch, of which what does not fill a batch is left
-    out."""
+    """Patches and labels of MNIST in the run's order: a fresh permutation each epoch, without the rest that fills no batch."""
 
     def __init__(self, config: RunConfig, root: Path):
         images = corpora.mnist(root)
@@ -66,8 +65,8 @@ class TextTask:
         self.train, self.held_out = ids[:cut], ids[cut:]
         for part, name in ((self.train, "training"), (self.held_out, "validation")):
             if len(part) <= self.context:
-                raise ValueError(f"model.context {self.context} does not fit the {name} split of {len(part)} tokens: a window is one "
-                                 "token longer; choose a shorter context or another data.validation")
+                raise ValueError(f"model.context {self.context} does not fit the {name} split of {len(part)} tokens: a window is "
+                                 "one token longer; choose a shorter context or another data.validation")
         if config.batch > len(self.train) - self.context:
             raise ValueError(f"batch {config.batch} exceeds the {len(self.train) - self.context} windows of the training split")
 
@@ -104,7 +103,7 @@ Task = ImageTask | TextTask
 
 
 def build_task(config: RunConfig, root: Path | str = "data") -> Task:
-    """The run's data. Raises `eplib.data.DataError` if they are not at `root`, ValueError if context or batch do not fit them."""
+    """The run's data. Raises `eplib.data.DataError` if they are not at `root`, ValueError if context or batch do not fit."""
     return (ImageTask if isinstance(config.data, Mnist) else TextTask)(config, Path(root))
 
 

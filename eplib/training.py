@@ -30,8 +30,8 @@ from .runconfig import Architecture, Mnist, Optimiser, RunConfig, Text
 from .solvers import FixedHorizon, Solver
 from .tasks import ImageTask, TextTask, build_model, build_task
 
-__all__ = ["EXCURSION", "Architecture", "ImageTask", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text", "TextTask",
-           "Trainer", "build_model", "build_task", "evaluate", "fastest_backend", "show_on_terminal"]
+__all__ = ["EXCURSION", "Architecture", "ImageTask", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text",
+           "TextTask", "Trainer", "build_model", "build_task", "evaluate", "fastest_backend", "show_on_terminal"]
 
 CHECKPOINT_SECONDS = 20.0
 AUDIT_BETA = 0.2  # of the two trajectories with which an audit compares the linear response
@@ -133,9 +133,9 @@ class Trainer:
             decay = min(config.optimiser.ema, (1 + step) / (10 + step))
             for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(value.detach(), 1 - decay)
-        row |= {"gradient_norm": norm, "lr": rate, "task_gradient": int(usable and updated), "skipped": int(not updated)} | audit
+        row |= audit | {"gradient_norm": norm, "lr": rate, "task_gradient": int(usable and updated), "skipped": int(not updated)}
         if taken := sorted(row.keys() & report.measured.keys()):
-            raise ValueError(f"a penalty or the estimator measures {', '.join(taken)}, which the log already has a column for; rename it")
+            raise ValueError(f"the estimator or a penalty measures {', '.join(taken)}, a column of the log already; rename it")
         self.progress.step += 1
         self.progress.rows.append(dict.fromkeys(ALWAYS, math.nan) | row | report.measured)
 
