@@ -23,7 +23,7 @@ def moved(model: nn.Module, a: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int | None = None, backend: Backend = "torch",
              start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
-    """Loss (nats) and accuracy (percent) over the targets that count of the validation split, or of its first `batches` batches;
+    """Loss (nats) and accuracy (percent) over the targets that count of the validation split or its first `batches` batches;
     of the free phase residual and steps, `settled`, the share of samples that ended at or below the solver's tolerance, and
     `excursions`, the number of those above `EXCURSION`.
 

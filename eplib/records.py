@@ -183,9 +183,9 @@ class Store:
 
 
 def summarise(trainer: Trainer, progress: Progress) -> dict:
-    """The metrics of a finished run: counts over its steps; on the whole validation split what `evaluate` says with the training
-    solver, from the training's predicted start where it has one, and at the converged fixed point; and the loss of the start
-    state, the solver removed."""
+    """The metrics of a finished run: counts over its steps; on the whole validation split what `evaluate` says with the
+    training solver, from the training's predicted start where it has one, and at the converged fixed point; and the loss of the
+    start state, the solver removed."""
     config, model, rows = trainer.config, trainer.average, progress.rows
 
     def evaluated(solver: Solver, start: Callable[[Tensor], Tensor | None] | None = None) -> dict:

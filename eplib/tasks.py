@@ -65,8 +65,8 @@ class TextTask:
         self.train, self.held_out = ids[:cut], ids[cut:]
         for part, name in ((self.train, "training"), (self.held_out, "validation")):
             if len(part) <= self.context:
-                raise ValueError(f"model.context {self.context} does not fit the {name} split of {len(part)} tokens: a window is "
-                                 "one token longer; choose a shorter context or another data.validation")
+                raise ValueError(f"model.context {self.context} does not fit the {name} split of {len(part)} tokens: a window "
+                                 "is one token longer; choose a shorter context or another data.validation")
         if config.batch > len(self.train) - self.context:
             raise ValueError(f"batch {config.batch} exceeds the {len(self.train) - self.context} windows of the training split")
 

@@ -133,7 +133,7 @@ class Trainer:
             decay = min(config.optimiser.ema, (1 + step) / (10 + step))
             for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(value.detach(), 1 - decay)
-        row |= audit | {"gradient_norm": norm, "lr": rate, "task_gradient": int(usable and updated), "skipped": int(not updated)}
+        row |= {"task_gradient": int(usable and updated), "skipped": int(not updated), "gradient_norm": norm, "lr": rate} | audit
         if taken := sorted(row.keys() & report.measured.keys()):
             raise ValueError(f"the estimator or a penalty measures {', '.join(taken)}, a column of the log already; rename it")
         self.progress.step += 1
