@@ -6,7 +6,7 @@ from eplib import estimators
 from eplib.blocks import Jacobian
 from eplib.diagnostics import agreement
 from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status, norm, relative_force
-from systems import linear_system, TIGHT, linear_batch, transformer
+from systems import TIGHT, linear_batch, linear_system, transformer
 
 
 def test_the_closed_form_fixed_point_of_a_linear_system():
@@ -53,6 +53,13 @@ def test_the_residual_is_force_over_state_not_times_the_step():
     for step in (0.1, 0.5):
         solution = Relaxation(step=step, max_steps=1, tol=10.0).solve(lambda _: f, z)
         assert torch.allclose(solution.residual, expected)
+
+
+def test_a_residual_at_the_tolerance_has_settled_and_one_above_it_has_not():
+    for tol, steps, status in ((0.5, 0, Status.CONVERGED), (0.499, 3, Status.MAX_STEPS)):
+        solution = Relaxation(step=0.5, max_steps=3, tol=tol).solve(lambda z: -z / 2, torch.ones(2, 4))
+        assert solution.residual.tolist() == [0.5, 0.5]  # powers of two: exactly
+        assert solution.steps.tolist() == [steps] * 2 and solution.status is status
 
 
 def test_the_lowest_residual_iterate_is_returned():
@@ -167,7 +174,8 @@ def test_samples_that_have_settled_leave_the_batch():
     found = model.settle(inputs, solver, start=start)
     assert rows[0] == 8 and rows[1] == 3 and rows[-1] < 3 and sorted(rows, reverse=True) == rows
     assert found.evaluations == -(-sum(rows) // 8) < len(rows)
-    assert (found.steps == 0).tolist() == [True, True, False, True, True, False, False, True] and len(rows) == found.steps.max() + 1
+    assert (found.steps == 0).tolist() == [True, True, False, True, True, False, False, True]
+    assert len(rows) == found.steps.max() + 1
     assert torch.equal(start, kept) and found.status is Status.CONVERGED and (found.residual <= 1e-8).all()
     assert torch.allclose(found.value, truth.value, atol=1e-6) and torch.equal(found.value[0], truth.value[0])
     assert torch.allclose(relative_force(force(found.value, model.clamp(inputs)), found.value), found.residual, rtol=1e-4)
@@ -187,7 +195,7 @@ class Precisions:
 
 
 def test_mixed_precision_ends_in_the_states_own_precision(monkeypatch):
-    model, inputs, targets = transformer(init=0.5)
+    model, inputs, _ = transformer(init=0.5)
     model = model.float()
     truth = model.settle(inputs, Anderson(step=0.5, max_steps=200, tol=1e-6))
     forces = Precisions(monkeypatch, type(model.block), "forward")

@@ -46,3 +46,12 @@ def test_a_linear_map_is_found_and_another_width_is_not_predicted():
     other = torch.randn(2, 3, 5)
     assert torch.allclose(start(other, carried), other @ matrix + shift, atol=1e-4)
     assert start(torch.randn(2, 3, 6), carried) is None
+
+
+def test_a_clamp_that_leaves_the_map_undetermined_gives_a_finite_prediction():
+    """A channel that is always zero makes the normal equations singular; the ridge gives it the weight zero."""
+    torch.manual_seed(0)
+    x, z, carried = torch.randn(2, 3, 5), torch.randn(2, 3, 5), {}
+    x[..., 1] = 0
+    LinearStart().learn(x, z, carried)
+    assert carried["start"].isfinite().all() and carried["start"][1].abs().max() < 1e-6
