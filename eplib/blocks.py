@@ -9,22 +9,27 @@ learning; it offers
     prefix()                  keys and values of settled tokens, where tokens settle one after the other
     output(z) -> h            (..., T, C), read out by the model
     linearise(z, x)           the Jacobian J = dF/dz at z: J v, J^T u, and the gradient of <u, F> in weights and x
+                              (`calculus.Derivative`)
+
+A derivative by hand is that of the block as it was built. A block that was altered since, by a hook, a parametrisation, an
+adapter, a force of a subclass's own, is differentiated automatically, and its tokens do not settle one after the other.
 
 States are (..., T, C), or (..., L, T, C) for a stack of L layers: any number of leading dimensions, so that several
 trajectories run as one batch.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor, nn
 
-from .calculus import AutomaticSlope, ParallelSlope, Prefix, SequentialSlope, ShapeError, Sublayers, \
-    ThinSlope, attend, attention_weights, features, gelu, merge_heads, split_heads, standardise, standardise_slope
+from .calculus import AttentionSlope, AutomaticSlope, Derivative, Memory, ParallelSlope, Prefix, SequentialSlope, Sublayers, \
+    ThinSlope, attend, attention_weights, dividing, features, gelu, merge_heads, split_heads, standardise, standardise_slope
 from .config import configuration
+from .intact import alteration
 
 GELU_STEEPEST = 1.129  # largest slope of tanh-GELU, 1.12897 near h = 1.42
 
@@ -45,33 +50,47 @@ class Dynamical(nn.Module):
     def output(self, z: Tensor) -> Tensor:
         return z
 
-    def linearise(self, z: Tensor, x: Tensor) -> Any:
-        return AutomaticSlope(self, z, x)
+    def altered(self) -> str | None:
+        """What of the block its derivative by hand does not know, in words; None if there is nothing."""
+        return "it has no derivative by hand"
+
+    def linearise(self, z: Tensor, x: Tensor) -> Derivative:
+        """J at states z (B, ...) under the clamp x, (B, ...) or such that it broadcasts."""
+        return AutomaticSlope(self, z, x) if self.altered() else self._by_hand(z, x)
+
+    def _by_hand(self, z: Tensor, x: Tensor) -> Derivative:
+        raise NotImplementedError
 
     def prefix(self) -> Prefix | None:
         """An empty past, under which the tokens of a causal block settle one after the other; None for blocks without one."""
         return None
 
 
-class Jacobian:
-    """J = dF/dz by hand of a block F = x - decay z + f(z) at a state, from the derivative `inner` of f. owner: prefix of its
-    weights' names in the block."""
+class Jacobian(Derivative):
+    """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights' names
+    in the block; causal: whether a token's force depends on those before it only."""
 
-    def __init__(self, inner: ParallelSlope | ThinSlope, decay: float, owner: str):
-        self.inner, self.decay, self.owner = inner, decay, owner
+    def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, decay: float, owner: str, causal: bool):
+        super().__init__(z, x)
+        self.inner, self.decay, self.owner, self.by_token = inner, decay, owner, causal
+
+    @property
+    def attention(self) -> AttentionSlope:
+        """Derivative of the attention, which holds its `weights` (..., H, T, T)."""
+        return self.inner.attention
 
     def product(self, v: Tensor) -> Tensor:
-        return self.inner.product(v) - self.decay * v
+        return self.inner.product(self._along(v)) - self.decay * v
 
     def token_product(self, v: Tensor) -> Tensor:
-        """The diagonal blocks of J over tokens, J_tt v_t for every token t of v (..., T, C)."""
-        return self.inner.token_product(v) - self.decay * v
+        return self.inner.token_product(self._along(v)) - self.decay * v
 
     def transposed(self, u: Tensor) -> Tensor:
-        return self.inner.transposed(u) - self.decay * u
+        return self.inner.transposed(self._along(u)) - self.decay * u
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        return {f"{self.owner}{name}": value for name, value in self.inner.contract(u).items()}, u
+        found = self.inner.contract(self._along(u, several=False))
+        return {f"{self.owner}{name}": value for name, value in found.items()}, u.sum_to_size(self.clamped)
 
 
 class EquilibriumBlock(Dynamical):
@@ -80,37 +99,48 @@ class EquilibriumBlock(Dynamical):
     def __init__(self, layers: Sublayers, damping: float):
         super().__init__()
         self.layers, self.damping = layers, damping
-        self.holomorphic = not layers.linear  # elu is no holomorphic function
+
+    @property
+    def holomorphic(self) -> bool:
+        """Whether the force takes complex states: elu is no holomorphic function, and what altered the block may not be one."""
+        return self.altered() is None and not self.layers.linear
+
+    def altered(self) -> str | None:
+        return alteration(self, EquilibriumBlock, {"layers": Sublayers})
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return x - (1 + self.damping) * z + self.layers.parallel(z)
 
-    def linearise(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(ParallelSlope(self.layers, z), 1 + self.damping, "layers.")
+    def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
+        return Jacobian(ParallelSlope(self.layers, z), z, x, 1 + self.damping, "layers.", self.layers.causal)
 
     def prefix(self) -> Prefix | None:
-        return Prefix(self.layers, 1 + self.damping) if self.layers.causal else None
+        return Prefix(self.layers, 1 + self.damping) if self.altered() is None and self.layers.causal else None
 
 
-class StackJacobian:
+class StackJacobian(Derivative):
     """J of `LayeredBlock`: -1 on the diagonal, each layer's derivative below it."""
 
-    def __init__(self, stack: nn.ModuleList, inputs: Tensor):
+    def __init__(self, stack: nn.ModuleList, inputs: Tensor, x: Tensor):
+        super().__init__(inputs, x)
         self.layers = [SequentialSlope(layers, z) for layers, z in zip(stack, inputs.unbind(-3), strict=True)]
 
     def product(self, v: Tensor) -> Tensor:
+        self._along(v)
         moved = [torch.zeros_like(v[..., 0, :, :])]
         moved += [layer.product(below) for layer, below in zip(self.layers[1:], v.unbind(-3)[:-1], strict=True)]
         return torch.stack(moved, -3) - v
 
     def transposed(self, u: Tensor) -> Tensor:
+        self._along(u)
         moved = [layer.transposed(above) for layer, above in zip(self.layers[1:], u.unbind(-3)[1:], strict=True)]
         return torch.stack([*moved, torch.zeros_like(u[..., 0, :, :])], -3) - u
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        self._along(u, several=False)
         each = (layer.contract(part) for layer, part in zip(self.layers, u.unbind(-3), strict=True))
         grads = {f"stack.{i}.{name}": value for i, found in enumerate(each) for name, value in found.items()}
-        return grads, self.layers[0].transposed(u[..., 0, :, :])
+        return grads, self.layers[0].transposed(u[..., 0, :, :]).sum_to_size(self.clamped)
 
 
 class LayeredBlock(Dynamical):
@@ -137,8 +167,11 @@ class LayeredBlock(Dynamical):
     def output(self, z: Tensor) -> Tensor:
         return z[..., -1, :, :]
 
-    def linearise(self, z: Tensor, x: Tensor) -> StackJacobian:
-        return StackJacobian(self.stack, self._inputs(z, x))
+    def altered(self) -> str | None:
+        return alteration(self, LayeredBlock, {f"stack.{i}": Sublayers for i in range(len(self.stack))})
+
+    def _by_hand(self, z: Tensor, x: Tensor) -> StackJacobian:
+        return StackJacobian(self.stack, self._inputs(z, x), x)
 
 
 class FeedforwardBlock(Dynamical):
@@ -178,20 +211,6 @@ class AttractorBlock(EquilibriumBlock):
         return self.backbone.start(x)
 
 
-class Memory(nn.Module):
-    """Modern-Hopfield memory, energy -|relu(W n)|^2 / 2 (002): its force W^T relu(W n) is a network with tied weights."""
-
-    def __init__(self, width: int, expansion: int, init: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(expansion * width, width) * math.sqrt(init / (expansion * width)))
-
-    def energy(self, n: Tensor) -> Tensor:
-        return -functional.linear(n, self.weight).relu().square().sum((-2, -1)) / 2  # (..., T, C) -> (...)
-
-    def forward(self, n: Tensor) -> Tensor:
-        return functional.linear(n, self.weight).relu() @ self.weight
-
-
 class ThinBlock(Dynamical):
     """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (002,
     "thin")."""
@@ -212,8 +231,11 @@ class ThinBlock(Dynamical):
         attention = self.wo(merge_heads(attend(q, k, v, self.causal)))
         return x - (1 + self.damping) * z + attention + standardise_slope(self.memory(n), n, inverse)
 
-    def linearise(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(ThinSlope(self, z), 1 + self.damping, "")
+    def altered(self) -> str | None:
+        return alteration(self, ThinBlock, {"qkv": nn.Linear, "wo": nn.Linear, "memory": Memory})
+
+    def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
+        return Jacobian(ThinSlope(self, z), z, x, 1 + self.damping, "", self.causal)
 
 
 class EnergyBlock(Dynamical):
@@ -389,7 +411,7 @@ class Thin:
 
     def build(self, width: int, heads: int, context: int) -> ThinBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
-        return ThinBlock(width, _dividing(width, heads), self.expansion, self.causal, self.init, self.damping)
+        return ThinBlock(width, dividing(width, heads), self.expansion, self.causal, self.init, self.damping)
 
 
 @configuration
@@ -404,7 +426,7 @@ class Energy:
 
     def build(self, width: int, heads: int, context: int) -> EnergyBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
-        return EnergyBlock(width, _dividing(width, heads), self.expansion, self.causal, False, self.init, self.damping)
+        return EnergyBlock(width, dividing(width, heads), self.expansion, self.causal, False, self.init, self.damping)
 
 
 @configuration
@@ -424,7 +446,7 @@ class LinearAttention:
     def build(self, width: int, heads: int, context: int) -> EquilibriumBlock | EnergyBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
         if self.symmetric:
-            return EnergyBlock(width, _dividing(width, heads), self.expansion, False, True, self.init, self.damping)
+            return EnergyBlock(width, dividing(width, heads), self.expansion, False, True, self.init, self.damping)
         return EquilibriumBlock(Sublayers(width, heads, self.expansion, False, False, self.init, linear=True), self.damping)
 
 
@@ -439,13 +461,7 @@ class Monotone:
 
     def build(self, width: int, heads: int, context: int) -> MonotoneBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
-        return MonotoneBlock(width, _dividing(width, heads), self.expansion, self.causal, self.bound)
-
-
-def _dividing(width: int, heads: int) -> int:
-    if width % heads:
-        raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-    return heads
+        return MonotoneBlock(width, dividing(width, heads), self.expansion, self.causal, self.bound)
 
 
 Equilibrium = Thick | Layered | Attractor | Thin | Energy | LinearAttention | Monotone

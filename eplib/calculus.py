@@ -7,17 +7,23 @@ holomorphic extension, and as a linearisation at a state that offers
     transposed(u)   J^T u
     contract(u)     gradient of <u, F> in the weights, for the read-out: outer products of quantities local to each weight
 
+`AutomaticSlope` is the same of any force, by automatic differentiation.
+
 Written by hand, each product costs about one force evaluation and keeps no graph. Under `torch.enable_grad` the products are
 differentiable in the weights, which is how a penalty on J v gets its gradient from a single backward pass.
 """
 
 import math
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-5  # of the normalisations, as torch.nn.LayerNorm has it
 GELU_SCALE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # tanh-GELU (Hendrycks & Gimpel 2016)
@@ -123,6 +129,27 @@ def positions(u: Tensor) -> Tensor:
     return u.flatten(0, -2).sum(0)
 
 
+def dividing(width: int, heads: int) -> int:
+    """The number of heads. Raises `ShapeError` if they do not divide the width."""
+    if width % heads:
+        raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
+    return heads
+
+
+class Memory(nn.Module):
+    """Modern-Hopfield memory, energy -|relu(W n)|^2 / 2 (002): its force W^T relu(W n) is a network with tied weights."""
+
+    def __init__(self, width: int, expansion: int, init: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(expansion * width, width) * math.sqrt(init / (expansion * width)))
+
+    def energy(self, n: Tensor) -> Tensor:
+        return -functional.linear(n, self.weight).relu().square().sum((-2, -1)) / 2  # (..., T, C) -> (...)
+
+    def forward(self, n: Tensor) -> Tensor:
+        return functional.linear(n, self.weight).relu() @ self.weight
+
+
 class Sublayers(nn.Module):
     """Weights of one pre-LN transformer block: LayerNorm, causal or full multi-head attention, tanh-GELU network.
 
@@ -134,9 +161,9 @@ class Sublayers(nn.Module):
     def __init__(self, width: int, heads: int, expansion: int, causal: bool, qk_norm: bool, init: float,
                  linear: bool = False):
         super().__init__()
-        if width % heads:
-            raise ShapeError(f"width {width} is not a multiple of heads {heads}; choose heads that divide the width")
-        self.width, self.heads, self.causal, self.qk_norm, self.linear = width, heads, causal, qk_norm, linear
+        if linear and causal:
+            raise ShapeError("linear attention is over all tokens, got causal=True; choose causal=False")
+        self.width, self.heads, self.causal, self.qk_norm, self.linear = width, dividing(width, heads), causal, qk_norm, linear
         self.ln1, self.ln2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
@@ -204,12 +231,18 @@ class Kept:
     one. The direction is not kept alive: memory does not depend on whether it is the one that is returned. Subclasses have
     `_backward(u)`."""
 
-    last: tuple[weakref.ref, Tensor] | None = None
+    last: tuple[weakref.ref, tuple, Tensor] | None = None
 
     def _back(self, u: Tensor) -> Tensor:
-        if self.last is None or self.last[0]() is not u:
-            self.last = weakref.ref(u), self._backward(u)
-        return self.last[1]
+        now = version(u), torch.is_grad_enabled()  # a pass without a graph is none for a gradient in the weights
+        if self.last is None or self.last[0]() is not u or self.last[1] != now:
+            self.last = weakref.ref(u), now, self._backward(u)
+        return self.last[2]
+
+
+def version(a: Tensor) -> Any:
+    """How often a tensor was written to; of one that does not count that, never the same."""
+    return object() if a.is_inference() else a._version
 
 
 class AttentionSlope(Kept):
@@ -311,6 +344,10 @@ class LinearAttentionSlope(AttentionSlope):
         return torch.cat([merge_heads(part) for part in (dq, dk, self.k @ memory)], -1)
 
 
+def attention_slope(layers: Sublayers) -> type[AttentionSlope]:
+    return LinearAttentionSlope if layers.linear else AttentionSlope
+
+
 class NetworkSlope(Kept):
     """Derivative of FFN at its normalised input a (..., T, C)."""
 
@@ -397,8 +434,8 @@ class ParallelSlope:
 
     def __init__(self, layers: Sublayers, z: Tensor):
         self.n, self.inverse = standardise(z)
-        attention = LinearAttentionSlope if layers.linear else AttentionSlope
-        self.branches = Normalised(attention, layers, "ln1", self.n), Normalised(NetworkSlope, layers, "ln2", self.n)
+        self.branches = Normalised(attention_slope(layers), layers, "ln1", self.n), Normalised(NetworkSlope, layers, "ln2", self.n)
+        self.attention = self.branches[0].branch
 
     def product(self, v: Tensor) -> Tensor:
         dn = standardise_slope(v, self.n, self.inverse)
@@ -442,7 +479,7 @@ class SequentialSlope:
 
     def __init__(self, layers: Sublayers, z: Tensor):
         self.first, self.second = standardise(z), standardise(z + layers.attention(z))
-        self.attention = Normalised(AttentionSlope, layers, "ln1", self.first[0])
+        self.attention = Normalised(attention_slope(layers), layers, "ln1", self.first[0])
         self.network = Normalised(NetworkSlope, layers, "ln2", self.second[0])
 
     def product(self, v: Tensor) -> Tensor:
@@ -460,39 +497,97 @@ class SequentialSlope:
         return self.network.contract(u) | self.attention.contract(self._middle(u))
 
 
-class AutomaticSlope:
-    """J = dF/dz of any block by automatic differentiation, for blocks without a derivative by hand. One graph of depth one is
-    kept, so that a product with J^T is one backward pass."""
+class Derivative:
+    """J = dF/dz at a state z, as a block's `linearise(z, x)` gives it; a block of the user's own need not derive from this.
+
+        product(v)         J v
+        transposed(u)      J^T u
+        contract(u)        gradient of <u, F>: {name in the block: tensor} in all weights that F depends on, and in the clamp x
+        by_token           whether the diagonal blocks J_tt over tokens have all of J's eigenvalues, as in a causal block, and
+        token_product(v)   J_tt v_t of every token t is there
+
+    Directions have the shape of z; at a state (B, 1, ...) there may be K of them for each sample, (B, K, ...).
+    """
+
+    by_token = False
+
+    def __init__(self, z: Tensor, x: Tensor):
+        self.at, self.clamped = z.shape, x.shape
+
+    def _along(self, v: Tensor, several: bool = True) -> Tensor:
+        """The direction. Raises `ShapeError` for a shape that would be broadcast to mean something else."""
+        if v.dim() != len(self.at) or any(n != m and not (several and n == 1) for n, m in zip(self.at, v.shape, strict=True)):
+            raise ShapeError(f"a direction {tuple(v.shape)} does not fit J at states {tuple(self.at)}; linearise at states "
+                             "(B, 1, ...) for products with several directions of a sample, (B, K, ...)")
+        return v
+
+
+def uncompiled() -> Any:
+    """A context in which modules that torch.compile made are computed as they are written."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def twice_differentiable(device: torch.device) -> Iterator[None]:
+    """Within it, forces have graphs of which the backward pass is differentiable: without fused attention, in the state's own
+    precision, and not through torch.compile."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False), uncompiled():
+        yield
+
+
+def _backward(value: Tensor, to: list[Tensor], u: Tensor, keep: bool) -> tuple[Tensor, ...]:
+    """Gradients of <u, value>, zero where it does not depend on what they are taken in; keep: with a graph."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(one) for one in to)
+    return torch.autograd.grad(value, to, u, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True)
+
+
+class AutomaticSlope(Derivative):
+    """J of any block by automatic differentiation, where none by hand fits.
+
+    Two graphs are kept: of F, through which a product with J^T is one backward pass, and of J^T u, through which, as it is linear
+    in u, a product with J is one too.
+    """
 
     def __init__(self, block: nn.Module, z: Tensor, x: Tensor):
+        super().__init__(z, x)
         self.block, self.z, self.x = block, z, x
-        self.graph: tuple[Tensor, Tensor, Tensor] | None = None
+        self.graphs: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}  # by the shape of the directions
+        self.pulls: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+    def _force(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """z, x and F with its graph; made anew for whoever differentiates on, and so uses the graph up."""
+        if torch.is_grad_enabled() or shape not in self.graphs:
+            with twice_differentiable(self.z.device):
+                z, x = (part.detach().requires_grad_() for part in (self.z.expand(shape), self.x))
+                made = z, x, self.block(z, x)
+            if torch.is_grad_enabled():
+                return made
+            self.graphs[shape] = made
+        return self.graphs[shape]
+
+    def _pull(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """u and J^T u with its graph."""
+        if torch.is_grad_enabled() or shape not in self.pulls:
+            z, _, force = self._force(shape)
+            with torch.enable_grad():
+                u = torch.zeros_like(force).requires_grad_()
+                made = u, _backward(force, [z], u, keep=True)[0]
+            if torch.is_grad_enabled():
+                return made
+            self.pulls[shape] = made
+        return self.pulls[shape]
 
     def product(self, v: Tensor) -> Tensor:
-        at = self.z.expand_as(v).contiguous(), v.contiguous()  # no two entries of a dual tensor may share memory
-        return torch.func.jvp(lambda z: self.block(z, self.x), at[:1], at[1:])[1]
-
-    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """z, x and F(z, x) with its graph."""
-        if self.graph is None:
-            with torch.enable_grad():
-                z, x = (part.detach().requires_grad_() for part in (self.z, self.x))
-                self.graph = z, x, self.block(z, x)
-        return self.graph
+        u, pulled = self._pull(self._along(v).shape)
+        return _backward(pulled, [u], v, torch.is_grad_enabled())[0]
 
     def transposed(self, u: Tensor) -> Tensor:
-        keep = torch.is_grad_enabled()
-        if not keep and u.shape == self.z.shape:
-            z, _, force = self._kept()
-            return torch.autograd.grad(force, z, u, retain_graph=True)[0]
-        with torch.enable_grad():
-            z = self.z.expand_as(u).detach().requires_grad_()
-            return torch.autograd.grad(self.block(z, self.x), z, u, create_graph=keep)[0]
+        z, _, force = self._force(self._along(u).shape)
+        return _backward(force, [z], u, torch.is_grad_enabled())[0]
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradient of <u, F> in the block's weights by name, and in x."""
-        _, x, force = self._kept()
+        _, x, force = self._force(self._along(u, several=False).shape)
         parameters = {name: value for name, value in self.block.named_parameters() if value.requires_grad}
-        found = torch.autograd.grad(force, [*parameters.values(), x], u, retain_graph=True, allow_unused=True,
-                                    materialize_grads=True)
+        found = _backward(force, [*parameters.values(), x], u, keep=False)
         return dict(zip(parameters, found, strict=False)), found[-1]

@@ -12,12 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .calculus import uncompiled
+from .intact import bare, compiled
 from .models import EquilibriumModel
 from .solvers import Differences, Solution, Solver, Status, norm
 
 # Float spacings of z*, times sum |w_k|, below which the slope's own size is no unit for a contrast's residual: a force has a
 # round-off of about half a spacing, and a hundredth of the unit, shared by the trajectories, is to be within reach.
 ROUNDING = 256.0
+
+
+class DerivativeError(RuntimeError):
+    """A block's derivative that does not fit its parameters: the message names the parameter and what is asked of it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Problem:
             flat = (z.flatten(0, 1) if many else z).detach().requires_grad_()
             losses = self.model.loss(self.model.block.output(flat), targets)
             slope, = torch.autograd.grad(losses, flat, torch.ones_like(losses))
+        if z.is_complex() and not losses.is_complex():
+            raise TypeError(f"{type(self.model).__name__}'s loss is real for complex states: it has no holomorphic extension; use "
+                            "a real nudge")
         return slope.conj().resolve_conj().view_as(z)  # torch gives the conjugate of a holomorphic function's derivative
 
     @cached_property
@@ -86,31 +95,75 @@ class Problem:
 
     @cached_property
     def jacobian(self) -> Any:
-        """J at the free state."""
+        """J at the free state. Raises TypeError where torch.compile's version of the block is not that block: it may have been
+        made before a hook was registered, or have hooks of its own."""
+        if self.dynamics is self.model.block and compiled(self.dynamics):
+            away = self.state / 2  # not at F = 0, where a hook's factor is not seen
+            with torch.no_grad(), uncompiled():
+                plain = bare(self.dynamics)(away, self.x)
+            apart = norm(self.force(away) - plain) / norm(away)
+            if apart.max() > torch.finfo(self.state.dtype).eps ** 0.5:
+                raise TypeError(f"what torch.compile made of {self._kind} computes another force than the block (they differ by "
+                                f"{apart.max():.1e} of the state's norm); register hooks on the block first, then compile it")
         return self.linearise(self.state)
+
+    def named(self, block: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values by the model's own names from {name in the block: value of the parameter's shape}, which is emptied; summed
+        where the block has one parameter under several names. Raises `DerivativeError` for a name that the block does not
+        have."""
+        names = {id(value): name for name, value in self.model.named_parameters()}
+        known = dict(bare(self.model.block).named_parameters(remove_duplicate=False))
+        found: dict[str, Tensor] = {}
+        while block:
+            own, value = block.popitem()
+            if own not in known or known[own].shape != value.shape:
+                expected = f"a parameter of shape {tuple(known[own].shape)}" if own in known else "no parameter"
+                raise DerivativeError(f"the derivative of {self._kind} gives {own!r} a gradient of shape {tuple(value.shape)}, "
+                                      f"but {own!r} is {expected} of the block; contract returns one for each by its name")
+            name = names[id(known[own])]
+            found[name] = found[name] + value if name in found else value
+        return found
 
     def gradient(self, block: dict[str, Tensor], into: Tensor) -> dict[str, Tensor]:
         """The mean loss's gradient in every parameter that requires one, from what reaches it through the dynamics and directly.
 
-        block: its sums over the batch in the block's weights, which are divided by the batch in place. into (B, T, C): the
-        same for the clamp x of each sample. Only what leads to x and from h to the loss, embeddings and readout, is
-        differentiated automatically.
+        block: its sums over the batch in the block's weights, which is emptied: no second copy of the size of the weights. into
+        (B, T, C): the same for the clamp x of each sample. Only what leads to x and from h to the loss, embeddings and readout,
+        is differentiated automatically. Raises `DerivativeError` for a weight that the force depends on and that got nothing.
         """
         model, batch = self.model, self.state.shape[0]
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        for value in block.values():
-            value.div_(batch)  # no second copy of the size of the weights
+        moved = self.named(block)
         with torch.enable_grad():
             x = model.clamp(self.inputs)
-            score = (into * x).sum() / batch
-            clamped = torch.autograd.grad(score, list(trained.values()), allow_unused=True) if x.requires_grad else ()
+            clamped = torch.autograd.grad((into * x).sum(), list(trained.values()), allow_unused=True) if x.requires_grad else ()
+        through = {name: value for name, value in zip(trained, clamped, strict=False) if value is not None}
+        self._check(trained, moved.keys() | through.keys())
         grads: dict[str, Tensor] = {}
-        for part in (self.readout[2], dict(zip(trained, clamped, strict=False)),
-                     {f"block.{name}": value for name, value in block.items()}):
-            for name, value in part.items():
-                if name in trained and value is not None:
-                    grads[name] = grads[name] + value if name in grads else value
-        return {name: grads[name] if name in grads else torch.zeros_like(value) for name, value in trained.items()}
+        for name, value in trained.items():
+            parts = [part.pop(name) / batch for part in (through, moved) if name in part]
+            parts += [self.readout[2][name]] if name in self.readout[2] else []
+            grads[name] = sum(parts[1:], parts[0]) if parts else torch.zeros_like(value)
+        return grads
+
+    def _check(self, trained: dict[str, Tensor], reached: set[str]) -> None:
+        """That the force depends on none of the block's trained parameters that were not reached, decided by autograd."""
+        inside = {id(value) for value in self.model.block.parameters()}
+        left = {name: value for name, value in trained.items() if id(value) in inside and name not in reached}
+        if not left:
+            return
+        with torch.enable_grad():
+            force = bare(self.model.block)(self.state, self.x)
+            found = torch.autograd.grad(force.sum(), list(left.values()), allow_unused=True) if force.requires_grad else ()
+        lost = [name for name, value in zip(left, found, strict=False) if value is not None]
+        if lost:
+            raise DerivativeError(f"the force of {self._kind} depends on {', '.join(lost)}, of which its derivative gives no "
+                                  "gradient; contract must return one for each by its name in the block (or leave linearise to "
+                                  "blocks.Dynamical)")
+
+    @property
+    def _kind(self) -> str:
+        return type(bare(self.model.block)).__name__
 
     def _lift(self, z: Tensor) -> Tensor:
         return self.x.unsqueeze(1) if z.dim() > self.state.dim() else self.x

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 import weakref
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import spectra
-from .blocks import Dynamical, Jacobian
+from .blocks import Dynamical, EquilibriumBlock, Jacobian
 from .calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
 from .estimators import BPTT, DyadicEP, Estimator, VectorField, asymmetry, gradient
 from .models import EquilibriumModel
@@ -25,20 +26,28 @@ GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
 READOUT = ("norm", "readout")  # the parts of a model that the adjoint state does not enter
 
 
+LEAVES = {"block": {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1", "ln1": "LN",
+                    "ln2": "LN"},
+          "": {"position": "embeddings", "embedding": "embeddings", "norm": "readout", "readout": "readout"}}
+# what torch.compile, parametrisations and the older weight_norm and spectral_norm make of a parameter's name
+RENAMED = re.compile(r"_orig_mod\.|parametrizations\.(?=\w+\.original)|(?<=weight)(\.original[01]?|_orig|_g|_v)$")
+
+
 def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One flat vector per parameter group of `GROUPS` from {parameter name: tensor}; absent groups are left out."""
+    """One flat vector per parameter group of `GROUPS` from {parameter name: tensor}, and `other` for names of the user's own;
+    absent groups are left out."""
     parts: dict[str, list[Tensor]] = {}
     for name, value in tensors.items():
-        leaf = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
-        if leaf in ("qkv", "qk"):
+        owner, _, rest = RENAMED.sub("", name).partition(".")
+        path = [owner, *rest.split(".")] if owner == "block" else [owner]
+        leaf = path[-2] if path[-1] in ("weight", "bias") else path[-1]
+        if owner == "block" and leaf in ("qkv", "qk") and value.shape[0] % len(leaf) == 0:
             for group, rows in zip(("Wq", "Wk", "Wv"), value.chunk(len(leaf)), strict=False):
                 parts.setdefault(group, []).append(rows.flatten())
         else:
-            group = {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1",
-                     "ln1": "LN", "ln2": "LN", "position": "embeddings", "embedding": "embeddings", "norm": "readout",
-                     "readout": "readout"}[leaf]
+            group = LEAVES["block" if owner == "block" else ""].get(leaf, "other")
             parts.setdefault(group, []).append(value.flatten())
-    return {group: torch.cat(parts[group]) for group in GROUPS if group in parts}
+    return {group: torch.cat(parts[group]) for group in (*GROUPS, "other") if group in parts}
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,15 @@ class Agreement:
 
 
 def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Agreement]:
-    """Agreement per parameter group and in `total`, computed in float64. A zero gradient has cosine 0."""
+    """Agreement per parameter group and in `total`, computed in float64. A zero gradient has cosine 0.
+
+    Raises ValueError unless both have the same parameters, of the same shapes.
+    """
+    unlike = sorted(name for name in gradient.keys() | reference.keys()
+                    if name not in gradient or name not in reference or gradient[name].shape != reference[name].shape)
+    if unlike or not gradient:
+        raise ValueError(f"the gradient and the reference do not have the same parameters, or shapes: {', '.join(unlike)}" if unlike
+                         else "two gradients without parameters have no agreement; compare those of a model's parameters")
     ours, theirs = groups(gradient), groups(reference)
     ours["total"], theirs["total"] = torch.cat(list(ours.values())), torch.cat(list(theirs.values()))
     found = {}
@@ -64,7 +81,7 @@ def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
 
 def without_readout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of {parameter name: tensor} that the adjoint state enters: all but the final normalisation and the readout."""
-    return {name: value for name, value in tensors.items() if name.split(".")[0] not in READOUT}
+    return {name: value for name, value in tensors.items() if RENAMED.sub("", name).split(".")[0] not in READOUT}
 
 
 def log_slope(x: list[float], y: list[float]) -> float:
@@ -104,10 +121,14 @@ def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]],
 
     batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at
     the two horizons) and the norm ratio estimator / BPTT; the self-cosines compare successive batches. An estimator whose phase
-    diverged counts as NaN.
+    diverged counts as NaN. Raises ValueError for fewer batches.
     """
+    if len(batches) < 2:
+        raise ValueError(f"gradients are compared with themselves on another batch, got {len(batches)} of them; give two or more")
+
     def flat(kind: Estimator, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
-        report = gradient(model, inputs, targets, estimator=kind, solver=solver, nudged=nudged)
+        report = gradient(model, inputs, targets, estimator=kind, solver=solver,
+                          nudged=None if isinstance(kind, BPTT) else nudged)
         vector = None if report.grads is None else torch.cat([g.flatten().double() for g in report.grads.values()])
         return vector, report.free.residual.max().item()
 
@@ -191,22 +212,32 @@ def singular_radii(model: EquilibriumModel, z: Tensor, v: Tensor) -> dict[str, f
     needs phases pi apart; its zero lies further out. To first order in beta inside the block. The nearest of them bounds the
     radius of convergence.
     """
-    layers = model.block.layers
+    block = model.block
+    if not isinstance(block, EquilibriumBlock) or block.altered() or block.layers.linear or block.layers.qk_norm:
+        why = block.altered() if isinstance(block, EquilibriumBlock) else None
+        raise TypeError(f"singular_radii is for blocks.Thick without qk_norm and blocks.Attractor, as they are built, got "
+                        f"{type(block).__name__}{f': {why}' if why else ''}")
+
+    def nearest(away: Tensor, moving: Tensor) -> float:
+        """Smallest |away / moving|; what does not move is never reached."""
+        return (away.abs() / moving.abs()).nan_to_num(nan=math.inf, posinf=math.inf).min().item()
+
+    layers = block.layers
     zc, vc = z - z.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
     a, b, c = (pair.mean(-1).to(torch.complex128) for pair in (vc * vc, 2 * zc * vc, zc * zc + EPS))
     root = (b * b - 4 * a * c).sqrt()
-    radii = {"LayerNorm": torch.minimum(((-b + root) / (2 * a)).abs(), ((-b - root) / (2 * a)).abs()).min().item()}
+    radii = {"LayerNorm": min(nearest(-b + root, 2 * a), nearest(-b - root, 2 * a))}
     n, inverse = standardise(z)
     dn = standardise_slope(v, n, inverse)
     hidden, moving = layers.w1(n * layers.ln2.weight + layers.ln2.bias), layers.w1(dn * layers.ln2.weight)
     poles = torch.as_tensor(numpy.roots([GELU_CUBIC, 0, 1, -1j * math.pi / GELU_SCALE]))
-    radii["tanh-GELU"] = min(((pole - hidden) / moving).abs().min().item() for pole in poles)
+    radii["tanh-GELU"] = min(nearest(pole - hidden, moving) for pole in poles)
     q, k = (split_heads(part, layers.heads) for part in layers.qkv(n * layers.ln1.weight + layers.ln1.bias).chunk(3, -1)[:2])
     dq, dk = (split_heads(part, layers.heads) for part in layers.qkv(dn * layers.ln1.weight).chunk(3, -1)[:2])
     slope = (dq @ k.mT + q @ dk.mT) / math.sqrt(q.shape[-1])  # (B, H, T, T), of the scores
     future = torch.ones_like(slope, dtype=torch.bool).triu(1) if layers.causal else torch.zeros_like(slope, dtype=torch.bool)
     spread = slope.masked_fill(future, -torch.inf).amax(-1) - slope.masked_fill(future, torch.inf).amin(-1)
-    return radii | {"softmax": math.pi / spread.max().item()}
+    return radii | {"softmax": nearest(torch.full_like(spread, math.pi), spread)}
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -262,10 +293,16 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
 
 
 def attention_distance(jacobian: Any) -> Tensor:
-    """Effective attention distance: sum_s w_ts |t - s| of attention weights w, mean over tokens and heads, (B,), in tokens."""
-    weights = jacobian.inner.branches[0].branch.weights  # (B, H, T, T)
+    """Effective attention distance: sum_s w_ts |t - s| of attention weights w, mean over tokens and heads, (B,), in tokens.
+
+    Raises TypeError for a derivative without attention weights of its own: that of a stack or an automatic one.
+    """
+    if not isinstance(jacobian, Jacobian):
+        raise TypeError(f"{type(jacobian).__name__} holds no attention weights; attention_distance is for the derivative by hand of "
+                        "blocks.Thick, Attractor, Thin and LinearAttention")
+    weights = jacobian.attention.weights  # (B, H, T, T)
     places = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
-    return (weights * (places[:, None] - places).abs()).sum(-1).mean((1, 2))
+    return (weights * (places[:, None] - places).abs()).sum(-1).mean((-2, -1))
 
 
 def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
@@ -273,12 +310,16 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
     """Operator fingerprint (002): what a stored checkpoint's free phase and Jacobian are like on one batch, in one call.
 
     residual: of the free phase, the largest. abscissa: largest real part of the eigenvalues of J, and frequency: the imaginary
-    part of that eigenvalue; rate_arnoldi: spectral radius of I + step J; both exact and over all tokens for a causal
-    `EquilibriumBlock`, else by Arnoldi. numerical_abscissa, transient_growth (the largest over 1 .. 16 steps of `step`),
+    part of that eigenvalue; rate_arnoldi: spectral radius of I + step J; both exact and over all tokens where J has blocks of
+    single tokens (`calculus.Derivative.by_token`), else by Arnoldi. numerical_abscissa, transient_growth (the largest over 1 .. 16 steps of `step`),
     asymmetry_radius (rho(S^-1 A)) and its residual, asymmetry ||J a - J^T a|| / ||J a|| along the adjoint state, cosine of
     uncorrected EP's gradient with the exact one over block and embeddings, attention_distance in tokens. Every number is the
-    worst of the batch; cosine and distance are of the batch as a whole. NaN where the free phase diverged.
+    worst of the batch; cosine and distance are of the batch as a whole. NaN where the free phase diverged, and for what the
+    block does not have: attention_distance without the derivative by hand of one attention layer, the radius and its residual
+    where S is singular. Raises TypeError for blocks.Feedforward, which has no dynamics.
     """
+    if model.block.explicit:
+        raise TypeError(f"{type(model.block).__name__} is no equilibrium block: it has no fixed point and no Jacobian there")
     names = ("abscissa", "frequency", "rate_arnoldi", "numerical_abscissa", "transient_growth", "asymmetry_radius",
              "asymmetry_radius_residual", "asymmetry", "cosine_uncorrected", "attention_distance")
     solution = model.settle(inputs, solver)
@@ -287,7 +328,7 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
         return found
     with torch.no_grad():
         z, jacobian = solution.value, model.block.linearise(solution.value, model.clamp(inputs))
-    if isinstance(jacobian, Jacobian) and model.block.layers.causal:
+    if getattr(jacobian, "by_token", False):
         values = list(spectra.token_spectra(jacobian, z).flatten(1))
     else:
         values = spectra.eigenvalues(jacobian, z, step)

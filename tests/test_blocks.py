@@ -1,11 +1,17 @@
+from copy import deepcopy
+
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch import nn
 
-from eplib import blocks, calculus, models
-from eplib.solvers import FixedHorizon, Relaxation
+import eplib
+from eplib import blocks, calculus, contrast, estimators, models
+from eplib.diagnostics import GROUPS, adjoint_gradient, agreement
+from eplib.solvers import Anderson, FixedHorizon, Relaxation, Status
 from systems import TIGHT, transformer
 
 EQUILIBRIUM = [blocks.Thick(init=1.0, damping=0.3), blocks.Thick(init=1.0, qk_norm=True), blocks.Layered(layers=3, init=1.0),
@@ -244,3 +250,358 @@ def test_bad_configurations_name_key_value_and_what_is_allowed(key, value, allow
     with pytest.raises(ValidationError) as caught:
         blocks.Thick(**{key: value})
     assert key in str(caught.value) and str(value) in str(caught.value) and allowed in str(caught.value)
+
+
+def parametrised(name, make):
+    def alter(block):
+        layer = block.get_submodule(name)
+        make(layer)
+        with torch.no_grad():
+            for _ in range(30):  # spectral_norm moves its vectors with every force in training, until they are settled
+                layer(torch.ones(1, layer.in_features, dtype=torch.float64))
+        return block.eval()
+    return alter
+
+
+class LowRank(nn.Module):
+    """An adapter: a frozen layer and a product of two narrow ones."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        n, m = layer.weight.shape
+        self.down, self.up = (nn.Parameter(0.3 * torch.randn(shape, dtype=layer.weight.dtype)) for shape in ((2, m), (n, 2)))
+
+    @property
+    def weight(self):
+        return self.layer.weight + self.up @ self.down
+
+    def forward(self, a):
+        return a @ self.weight.mT
+
+
+class Gated(blocks.EquilibriumBlock):
+    """A subclass with a force of its own, and a parameter in it."""
+
+    def forward(self, z, x):
+        return super().forward(z, x) + 0.1 * torch.tanh(self.gate * z)
+
+
+def gated(block):
+    block.__class__, block.gate = Gated, nn.Parameter(torch.randn(block.layers.width, dtype=torch.float64))
+    return block
+
+
+def hooked(name):
+    def alter(block):
+        block.get_submodule(name).register_forward_hook(lambda module, inputs, out: 0.8 * torch.sin(out))
+        return block
+    return alter
+
+
+def masked(block):
+    block.layers.w1.register_forward_pre_hook(lambda module, inputs: (inputs[0] * torch.linspace(0.2, 1, 16).to(inputs[0]),))
+    return block
+
+
+def replaced(block):
+    layers = block.layers
+    layers.network = lambda z: layers.w2(torch.tanh(layers.w1(layers.ln2(z))))
+    return block
+
+
+def own_forward(block):
+    block.forward = lambda z, x: x - z - 0.5 * z * z.abs() + block.layers.parallel(z)
+    return block
+
+
+def swapped(name, make):
+    def alter(block):
+        *above, leaf = name.split(".")
+        setattr(block.get_submodule(".".join(above)), leaf, make(block.get_submodule(name)).double())
+        return block
+    return alter
+
+
+def biased(layer):
+    made = nn.Linear(layer.in_features, layer.out_features)
+    made.weight = layer.weight
+    return made
+
+
+def uneven_damping(block):
+    block.damping = torch.linspace(0.2, 0.6, 16, dtype=torch.float64)
+    return block
+
+
+def everywhere(block):
+    return block  # the test registers a hook for all modules
+
+
+def attention_of_features(block):
+    block.layers.linear = block.layers.qk_norm = True
+    block.layers.causal = False
+    return block
+
+
+ALTERED = {
+    "spectral_norm": parametrised("layers.w1", nn.utils.parametrizations.spectral_norm),
+    "weight_norm": parametrised("layers.qkv", nn.utils.parametrizations.weight_norm),
+    "orthogonal": parametrised("layers.wo", nn.utils.parametrizations.orthogonal),
+    "old weight_norm": parametrised("layers.w2", nn.utils.weight_norm),
+    "old spectral_norm": parametrised("layers.qkv", nn.utils.spectral_norm),
+    "pruned": parametrised("layers.w1", lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", amount=0.4)),
+    "adapter": swapped("layers.qkv", LowRank), "bias": swapped("layers.wo", biased),
+    "another norm": swapped("layers.ln1", lambda norm: nn.RMSNorm(norm.normalized_shape)),
+    "another eps": swapped("layers.ln2", lambda norm: nn.LayerNorm(norm.normalized_shape, eps=0.1)),
+    "a gain alone": swapped("layers.ln2", lambda norm: nn.LayerNorm(norm.normalized_shape, bias=False)),
+    "hook inside": hooked("layers.w1"), "hook on the block": hooked(""), "pre-hook": masked, "activation": replaced,
+    "subclass": gated, "own forward": own_forward, "uneven damping": uneven_damping, "global hook": everywhere,
+    "linear attention with qk_norm": attention_of_features,
+    "compiled part": swapped("layers.qkv", lambda layer: torch.compile(layer, backend="eager")),
+}
+
+
+@pytest.fixture
+def global_hook(request):
+    """A hook on every module while the case "global hook" runs."""
+    handle = None
+    if request.getfixturevalue("case") == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, out: 0.9 * out if isinstance(module, nn.Linear) else None)
+    yield
+    if handle:
+        handle.remove()
+
+
+def settled_gradient(model, inputs, targets):
+    """DyadicEP's gradient and the dense one, at one state."""
+    solver = Anderson(step=0.3, max_steps=800, tol=1e-11)
+    report = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=solver, nudged=solver)
+    assert report.status is Status.CONVERGED
+    return report.grads, adjoint_gradient(model, inputs, targets, report.free.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("case", ALTERED)
+def test_an_altered_block_is_differentiated_as_it_is(case, global_hook):
+    """Products against the dense Jacobian, the gradient in the model's own names against dense adjoint and autograd."""
+    model, inputs, targets = transformer(init=0.5, damping=0.5)
+    model.block = ALTERED[case](model.block)
+    block = model.block
+    assert block.altered() and block.prefix() is None and not block.holomorphic
+    z, v = torch.randn(2, 2, 3, 16, dtype=torch.float64)
+    x = torch.randn_like(z)
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        assert not jacobian.by_token
+        forward, backward = jacobian.product(v), jacobian.transposed(v)
+    dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(96, 96)
+    assert torch.allclose(forward.flatten(), dense @ v.flatten(), rtol=1e-9, atol=1e-9)
+    assert torch.allclose(backward.flatten(), dense.T @ v.flatten(), rtol=1e-9, atol=1e-9)
+    for parameter in block.parameters():
+        assert parameter.dtype is torch.float64
+    trained = {key for key, value in model.named_parameters() if value.requires_grad}
+    model.requires_grad_(True)  # for the dense reference
+    ours, truth = settled_gradient(model, inputs, targets)
+    assert trained <= set(ours) == set(truth)
+    for key, value in truth.items():
+        assert torch.allclose(ours[key], value, rtol=1e-6, atol=1e-9), key
+        assert "embedding" in key or value.abs().max() > 1e-7, key  # nothing is compared with a zero
+
+
+@pytest.mark.parametrize(("config", "alter"), [
+    (blocks.Layered(layers=2, init=1.0), hooked("stack.1.w1")), (blocks.Layered(layers=2, init=1.0), hooked("stack.0.ln1")),
+    (blocks.Attractor(init=1.0), hooked("layers.wo")), (blocks.Thin(init=1.0), hooked("memory")),
+    (blocks.Thin(init=1.0), parametrised("qkv", nn.utils.parametrizations.weight_norm)),
+    (blocks.Energy(init=1.0), hooked("wq")), (blocks.Monotone(), hooked("qk"))], ids=str)
+def test_every_kind_of_block_notices_what_alters_it(config, alter):
+    block, x, z = system(config)
+    plain, block = block(z, x).detach(), alter(block.train())
+    u = torch.randn_like(z)
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        pulled, (grads, _) = jacobian.transposed(u), jacobian.contract(u)
+    push = (u * block(z.requires_grad_(), x)).sum()
+    weights = {key: value for key, value in block.named_parameters() if "backbone" not in key}
+    slope, *expected = torch.autograd.grad(push, [z, *weights.values()], materialize_grads=True, allow_unused=True)
+    assert torch.allclose(pulled, slope, rtol=1e-9, atol=1e-9)
+    for key, value in zip(weights, expected, strict=True):
+        assert torch.allclose(grads[key], value, rtol=1e-6, atol=1e-9), key
+    assert config.kind == "Thin" or not torch.allclose(block(z, x), plain)
+
+
+def test_a_block_that_only_leads_elsewhere_is_not_altered():
+    """What is before the clamp, the start state and the read-out is not the derivative's matter."""
+    class Elsewhere(blocks.EquilibriumBlock):
+        def drive(self, x):
+            return 2 * x
+
+        def start(self, x):
+            return torch.zeros_like(x)
+
+    block, x, z = system(blocks.Thick())
+    block.__class__ = Elsewhere
+    assert block.altered() is None and isinstance(block.linearise(z, x), blocks.Jacobian)
+    handle = block.layers.w1.register_forward_hook(lambda *rest: None)
+    assert block.altered() == "layers.w1 has hooks"
+    handle.remove()
+    attractor = blocks.Attractor(layers=2).build(8, 2, 5)
+    attractor.backbone.stack[0].w1.register_forward_hook(lambda *rest: None)
+    assert attractor.altered() is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", ["block", "in place", "model", "copy", "hooked inside"])
+def test_compiled_blocks_have_the_gradient_of_what_they_compile(way, backend):
+    torch._dynamo.reset()
+    model, inputs, targets = transformer(init=0.5, damping=0.5)
+    inputs, targets = inputs[:2], targets[:2]
+    reference = deepcopy(model)
+    if way == "model":
+        model = torch.compile(model, backend=backend)
+    elif way == "in place":
+        model.block.compile(backend=backend)
+    else:
+        if way == "hooked inside":
+            for one in (model, reference):
+                hooked("layers.w2")(one.block)
+        model.block = torch.compile(model.block, backend=backend)
+        model = deepcopy(model) if way == "copy" else model
+    ours, _ = settled_gradient(model, inputs, targets)
+    truth = settled_gradient(reference, inputs, targets)[1]
+    assert set(ours) == {key for key, _ in model.named_parameters()}
+    for key, value in ours.items():
+        assert torch.allclose(value, truth[key.replace("_orig_mod.", "")], rtol=1e-6, atol=1e-9), key
+    assert set(agreement(ours, ours)) == {*GROUPS, "total"}
+
+
+@pytest.mark.parametrize("late", ["on the wrapper", "inside"])
+def test_hooks_that_a_compiled_block_and_its_derivative_do_not_share_are_refused(late):
+    torch._dynamo.reset()
+    model, inputs, targets = transformer()
+    model.block = torch.compile(model.block, backend="eager")
+    model.settle(inputs, TIGHT)
+    hooked("" if late == "on the wrapper" else "_orig_mod.layers.w1")(model.block)
+    with pytest.raises(TypeError, match="another force than the block"):
+        eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT)
+
+
+def test_weights_that_are_shared_get_the_sum_of_their_parts():
+    """By name or by module, in the block and outside it."""
+    torch.manual_seed(0)
+    deep = models.LanguageModel(7, 8, 2, 5, blocks.Layered(layers=3, init=1.0)).double()
+    deep.block.stack[2] = deep.block.stack[0]
+    norms = models.LanguageModel(7, 8, 2, 5, blocks.Thick(init=0.5)).double()
+    norms.block.layers.ln2.weight = norms.block.layers.ln1.weight
+    tied = models.LanguageModel(8, 8, 2, 5, blocks.Thick(init=0.5)).double()
+    tied.readout.weight = tied.block.layers.wo.weight
+    for model in (deep, norms, tied):
+        inputs = torch.randint(7, (3, 5))
+        ours, truth = settled_gradient(model, inputs, inputs.roll(1, 1))
+        assert set(ours) == set(truth)
+        for key, value in truth.items():
+            assert torch.allclose(ours[key], value, rtol=1e-6, atol=1e-9), key
+
+
+class Own(blocks.Dynamical):
+    """A user's block with a derivative of its own, from which gradients may be lost."""
+
+    def __init__(self, width, gives):
+        super().__init__()
+        self.scale, self.shift, self.unused = (nn.Parameter(torch.full((width,), 0.5, dtype=torch.float64)) for _ in range(3))
+        self.gives = gives
+
+    def forward(self, z, x):
+        return x - z + 0.5 * torch.tanh(self.scale * z + self.shift)
+
+    def linearise(self, z, x):
+        jacobian, gives = calculus.AutomaticSlope(self, z, x), self.gives
+
+        class Some:
+            product, transposed = jacobian.product, jacobian.transposed
+
+            def contract(self, u):
+                grads, into = jacobian.contract(u)
+                return gives(grads), into
+
+        return Some()
+
+
+@pytest.mark.parametrize(("gives", "says"), [
+    (lambda grads: {"scale": grads["scale"]}, "depends on block.shift, of which"),
+    (lambda grads: grads | {"shft": grads["shift"]}, "'shft' is no parameter"),
+    (lambda grads: grads | {"shift": grads["shift"].sum()}, "of shape \\(16,\\)")])
+def test_a_derivative_that_loses_a_parameter_is_an_error_that_names_it(gives, says):
+    model, inputs, targets = transformer()
+    model.block = Own(16, gives)
+    with pytest.raises(contrast.DerivativeError, match=says):
+        eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT)
+
+
+def test_a_parameter_that_nothing_depends_on_has_a_zero_gradient():
+    model, inputs, targets = transformer()
+    model.block = Own(16, lambda grads: {"scale": grads["scale"], "shift": grads["shift"]})
+    ours, truth = settled_gradient(model, inputs, targets)
+    assert ours["block.unused"].abs().max() == 0 < ours["block.shift"].abs().min()
+    assert all(torch.allclose(ours[key], value, rtol=1e-6, atol=1e-9) for key, value in truth.items())
+    model.block.shift.requires_grad_(False)
+    model.block.gives = lambda grads: {"scale": grads["scale"]}
+    assert "block.shift" not in eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT).grads
+
+
+def test_parameters_that_share_one_gradient_are_each_divided_by_the_batch_once():
+    class Sum(blocks.Dynamical):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(0.1 * torch.ones(16, 16, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, z, x):
+            return x - z + 0.5 * torch.tanh(z @ (self.a + self.b.mT))
+
+    model, inputs, targets = transformer()
+    model.block = Sum()
+    ours, truth = settled_gradient(model, inputs, targets)
+    for key, value in truth.items():
+        assert torch.allclose(ours[key], value, rtol=1e-6, atol=1e-9), key
+
+
+def test_a_pass_is_not_taken_for_that_of_a_direction_written_to():
+    """Nor one without a graph for one with: a penalty's gradient would lose a part."""
+    block, x, z = system(blocks.Thick(init=1.0))
+    u = torch.randn_like(z)
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        jacobian.transposed(u)
+        u.mul_(-3)
+        grads, fresh = jacobian.contract(u)[0], block.linearise(z, x).contract(u.clone())[0]
+    assert all(torch.allclose(grads[key], value) for key, value in fresh.items())
+    found = []
+    for before in (True, False):
+        jacobian = block.linearise(z, x)
+        with torch.no_grad():
+            if before:
+                jacobian.transposed(u)
+        found.append(torch.autograd.grad(jacobian.transposed(u).square().sum(), list(block.parameters())[1:3]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("config", [blocks.Thick(), blocks.Layered(layers=2), blocks.Thin(), blocks.Energy()], ids=name)
+def test_directions_of_another_shape_are_refused(config):
+    block, x, z = system(config, samples=2)
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        for use in (jacobian.product, jacobian.transposed, jacobian.contract):
+            for v in (torch.stack([z] * 2, 1), z[:1], z[..., :1]):
+                with pytest.raises(calculus.ShapeError, match="does not fit J at states"):
+                    use(v)
+
+
+def test_a_derivative_by_itself_is_not_rounded_by_a_phase_in_mixed_precision():
+    block, x, z = system(blocks.Energy(init=1.0))
+    block, x, z = block.float(), x.float(), z.float()
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = jacobian.transposed(z)
+        assert torch.allclose(rough, block.linearise(z, x).transposed(z), rtol=1e-6, atol=1e-6)

@@ -7,6 +7,7 @@ kernel is float32, on CPU, for real states and without qk_norm; anything else is
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import Attractor, EquilibriumBlock, LinearAttention, Thick
+from ..blocks import Attractor, Dynamical, EquilibriumBlock, LinearAttention, Thick
+from ..calculus import Sublayers, version
+from ..intact import bare
 from ..solvers import Relaxation, Solution, Solver, Status, Substitution
 
 SOURCE = Path(__file__).with_name("thick.cpp")
@@ -44,6 +47,24 @@ def path() -> Path:
         else [platform.processor()]
     identity = "\n".join([SOURCE.read_text(), *FLAGS, platform.machine(), *features])
     return SOURCE.parent / "build" / f"thick-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.so"
+
+
+def unknown(block: Any) -> str | None:
+    """Why the kernel does not compute a block, in words; None if it does."""
+    if not isinstance(block, EquilibriumBlock):
+        return "it knows blocks.Thick without qk_norm, blocks.Attractor, and blocks.LinearAttention, asymmetric"
+    if reason := block.altered():
+        return reason
+    if type(block).start is not Dynamical.start or "start" in vars(block):
+        return "it has its own start"
+    layers = block.layers
+    if layers.qk_norm:
+        return "qk_norm"
+    hidden, width = layers.w1.weight.shape
+    if width % MULTIPLE or hidden % MULTIPLE or width // layers.heads % HEAD:
+        return f"width and hidden units are to be a multiple of {MULTIPLE}, the width of each head of {HEAD}; they are {width}, " \
+               f"{hidden} and {width // layers.heads}"
+    return None
 
 
 def knows(block: Any, width: int, heads: int) -> bool:
@@ -122,45 +143,69 @@ def _plain(a: Tensor) -> Tensor:
     return a.contiguous()
 
 
+class _Held:
+    """A tensor, told from any other and from itself after it was written to, whatever view of it comes back."""
+
+    def __init__(self, value: Tensor):
+        self.value, self.version = value, version(value)  # held, so that its memory is nobody else's
+
+    def holds(self, a: Tensor) -> bool:
+        kept = self.value
+        return a.data_ptr() == kept.data_ptr() and a.shape[-2:] == kept.shape[-2:] and a.numel() == kept.numel() \
+            and a.is_contiguous() and version(a) == self.version
+
+
+def _weights(layers: Sublayers) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """The weights in the kernel's order, and what changes when they are replaced or written to."""
+    weights = [getattr(layers, name).weight for name in ("qkv", "wo", "w1", "w2")]
+    weights += [value for norm in (layers.ln1, layers.ln2) for value in (norm.weight, norm.bias)]
+    return weights, [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in weights]
+
+
 class CompiledBlock:
     """An `EquilibriumBlock` at its present weights, computed by the kernel; graphs are not recorded.
 
     It has the block's interface: force, `start`, `linearise`, and `relax` for a whole phase. Raises `KernelError` for a
-    block that the kernel does not know.
+    block that the kernel does not know, and once the weights are others than those that it was made of.
     """
 
     def __init__(self, block: EquilibriumBlock):
-        layers = block.layers if isinstance(block, EquilibriumBlock) else None
-        if layers is None or layers.qk_norm or layers.width % MULTIPLE or layers.width // layers.heads % HEAD:
-            raise KernelError("the compiled kernel knows blocks.Thick without qk_norm and blocks.LinearAttention, asymmetric; "
-                              f"width a multiple of {MULTIPLE}, of each head a multiple of {HEAD}. This is "
-                              f"{type(block).__name__}. Use backend=\"torch\"")
-        self.block = block
-        self.settled: tuple[Tensor, CompiledJacobian, Tensor, Tensor] | None = None  # last free state; J, F and clamp there
-        self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
-        weights = [_plain(value.detach()) for value in (
-            layers.qkv.weight, layers.wo.weight, layers.w1.weight, layers.w2.weight, layers.ln1.weight, layers.ln1.bias,
-            layers.ln2.weight, layers.ln2.bias)]
+        self.block = block = bare(block)
+        if reason := unknown(block):
+            raise KernelError(f"the compiled kernel does not compute this {type(block).__name__}: {reason}. Use backend=\"torch\"")
+        self.settled: tuple[_Held, CompiledJacobian, Tensor, _Held] | None = None  # last free state; J, F and clamp there
+        self.library, self.width, self.hidden = library(), block.layers.width, block.layers.w1.out_features
+        self.weights, self.written = _weights(block.layers)
+        weights = [_plain(value.detach()) for value in self.weights]
         self.packed = torch.empty(self.library.eplib_packed(self.width, self.hidden))
         self.library.eplib_pack(self.width, self.hidden, *map(_pointer, weights), _pointer(self.packed))
 
+    def check(self, *states: Tensor) -> None:
+        """Raises `KernelError` where the weights are others than those that were packed, or states do not fit them."""
+        if _weights(self.block.layers)[1] != self.written:
+            raise KernelError("the block's weights have changed since the kernel took them; ask the model for its dynamics again")
+        for z in states:
+            if z.dim() < 3 or z.shape[-1] != self.width or z.shape[-2:] != states[0].shape[-2:]:
+                raise KernelError(f"states and clamps are to be (..., T, {self.width}), got "
+                                  f"{', '.join(str(tuple(one.shape)) for one in states)}")
+
     def __call__(self, z: Tensor, x: Tensor) -> Tensor:
-        if self._is_settled(z) and self.settled[3].data_ptr() == x.data_ptr():
+        self.check(z, x)
+        if self.settled and self.settled[0].holds(z) and self.settled[3].holds(x):
             return self.settled[2].view_as(z)
         return self._evaluate(z, x, linearise=False)[0]
 
     def force_and_jacobian(self, z: Tensor, x: Tensor) -> tuple[Tensor, "CompiledJacobian"]:
         """F and J at a state, in one pass."""
+        self.check(z, x)
         push, cache = self._evaluate(z, x, linearise=True)
-        return push, CompiledJacobian(self, cache)
+        return push, CompiledJacobian(self, cache, z)
 
     def linearise(self, z: Tensor, x: Tensor) -> "CompiledJacobian":
-        if self._is_settled(z):
+        if self.settled and self.settled[0].holds(z):
+            self.check()
             return self.settled[1]
         return self.force_and_jacobian(z, x)[1]
-
-    def _is_settled(self, z: Tensor) -> bool:
-        return self.settled is not None and self.settled[0].data_ptr() == z.data_ptr() and self.settled[0].numel() == z.numel()
 
     def start(self, x: Tensor) -> Tensor:
         return self.block.start(x)
@@ -168,22 +213,35 @@ class CompiledBlock:
     def relax(self, solver: Solver, x: Tensor, start: Tensor, scale: Tensor | None = None) -> Solution:
         """A phase under the clamp x by the solver's method, in the kernel's own loop; residuals count in units of ||z||, or of
         scale (N,). Without a scale it is the free phase, whose J and F are then at hand."""
+        self.check(start, x)
+        if start.shape != x.shape or x.dim() != 3:
+            raise KernelError(f"a start {tuple(start.shape)} under a clamp {tuple(x.shape)}; both are to be (B, T, {self.width})")
         z, x, outcome = _plain(start).clone(), _plain(x), torch.zeros(x.shape[0], OUTCOME, dtype=torch.int32)
         cache, rest = _Storage(self, z), torch.empty_like(z)
         self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver, z), z.shape[0],
                                   _pointer(x), _pointer(None if scale is None else _plain(scale)), _pointer(z),
                                   _pointer(rest), _pointer(outcome), torch.get_num_threads())
-        if scale is None:
-            self.settled = z, CompiledJacobian(self, cache), rest, x
-        return _solution(z, outcome, z.flatten(1).norm(dim=1) if scale is None else scale, solver)
+        found = _solution(z, outcome, z.flatten(1).norm(dim=1) if scale is None else scale, solver)
+        if scale is None and found.status.usable:  # of a sample that diverged the tokens after it were not computed
+            self.settled = _Held(z), CompiledJacobian(self, cache, z), rest, _Held(x)
+        return found
 
     def _evaluate(self, z: Tensor, x: Tensor, linearise: bool) -> tuple[Tensor, "_Storage"]:
-        z = _plain(z)
-        samples, repeat = z.shape[:-2].numel(), z.shape[:-2].numel() // x.shape[:-2].numel()
+        z, samples = _plain(z), z.shape[:-2].numel()
+        clamps = (1,) * (z.dim() - x.dim()) + x.shape[:-2]
+        if not _shared(clamps, z.shape[:-2]):
+            x = x.expand_as(z)
+        repeat = samples // x.shape[:-2].numel()
         cache, push = _Storage(self, z), torch.empty_like(z)
         self.library.eplib_force(cache.shape, _pointer(self.packed), cache.pointers, samples, repeat, int(linearise),
                                  _pointer(z), _pointer(_plain(x)), _pointer(push), torch.get_num_threads())
         return push, cache
+
+
+def _shared(few: tuple[int, ...], many: tuple[int, ...]) -> bool:
+    """Whether each of the samples `few` (B, 1 ..) is that of consecutive ones of `many` (B, K ..)."""
+    same = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(few, many, strict=False)))
+    return all(n == 1 for n in few[len(same):])
 
 
 class _Storage:
@@ -210,23 +268,35 @@ class _Storage:
 class CompiledJacobian:
     """J at a state, as `blocks.Jacobian`; products take several directions per sample, (B, K, T, C)."""
 
-    def __init__(self, compiled: CompiledBlock, cache: _Storage):
+    by_token = False  # single tokens' blocks are PyTorch's
+
+    def __init__(self, compiled: CompiledBlock, cache: _Storage, z: Tensor):
         self.compiled, self.cache, self.columns = compiled, cache, 3 * compiled.width + compiled.hidden
-        self.solved: tuple[Tensor, Tensor] | None = None  # an adjoint state, and the derivatives behind its last product
+        self.at = z.shape
+        self.solved: tuple[_Held, Tensor] | None = None  # an adjoint state, and the derivatives behind its last product
+
+    def _along(self, v: Tensor, several: bool = True) -> tuple[Tensor, int]:
+        """The direction as the kernel takes it, and how many of them a sample has."""
+        self.compiled.check()
+        samples = v.shape[:-2].numel()
+        if v.shape[-2:] != self.at[-2:] or not _shared(self.at[:-2], v.shape[:-2]) or not (several or samples == self.cache.samples):
+            raise KernelError(f"a direction {tuple(v.shape)} does not fit J at states {tuple(self.at)}; several of a sample are "
+                              "(B, K, T, C), to be contracted one at a time")
+        return _plain(v), samples
 
     def product(self, v: Tensor) -> Tensor:
-        v = _plain(v)
-        to, samples = torch.empty_like(v), v.shape[:-2].numel()
+        v, samples = self._along(v)
+        to = torch.empty_like(v)
         self.compiled.library.eplib_product(self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, samples,
                                             samples // self.cache.samples, _pointer(v), _pointer(to), torch.get_num_threads())
         return to
 
     def transposed(self, u: Tensor) -> Tensor:
-        return self._back(_plain(u))[0]
+        return self._back(u)[0]
 
     def _back(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        to, samples = torch.empty_like(u), u.shape[:-2].numel()
-        back = torch.zeros(*u.shape[:-1], self.columns)
+        u, samples = self._along(u)
+        to, back = torch.empty_like(u), torch.zeros(*u.shape[:-1], self.columns)
         self.compiled.library.eplib_transposed(
             self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, samples, samples // self.cache.samples,
             _pointer(u), _pointer(back), _pointer(to), torch.get_num_threads())
@@ -235,24 +305,25 @@ class CompiledJacobian:
     def relax(self, solver: Solver, slope: Tensor, scale: Tensor) -> Solution:
         """Solves J^T a = -slope from a = slope, residual relative to scale (B,), by the solver's method in the kernel's own
         loop; substitution goes from the last token to the first."""
-        a = _plain(slope).clone()
+        a = self._along(slope, several=False)[0].clone()
         outcome, back = torch.zeros(a.shape[0], OUTCOME, dtype=torch.int32), torch.empty(*a.shape[:-1], self.columns)
         sent = torch.zeros(*a.shape[:-1], 2 * self.compiled.width)
         self.compiled.library.eplib_adjoint(
             self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, _settings(solver, a), a.shape[0],
             _pointer(_plain(slope)), _pointer(_plain(scale)), _pointer(a), _pointer(back), _pointer(sent), _pointer(outcome),
             torch.get_num_threads())
-        self.solved = a, back
+        self.solved = _Held(a), back
         return _solution(a, outcome, scale, solver)
 
     def transposed_and_contracted(self, u: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """J^T u, and what `contract` gives for u, by one transposed pass."""
-        moved, back = self._back(_plain(u))
-        self.solved = u, back
+        moved, back = self._back(u)
+        self.solved = _Held(u), back
         return moved, *self.contract(u)
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        back = self.solved[1] if self.solved and self.solved[0] is u else self._back(_plain(u))[1]
+        self._along(u, several=False)
+        back = self.solved[1] if self.solved and self.solved[0].holds(u) else self._back(u)[1]
         layers, width = self.compiled.block.layers, self.compiled.width
         back = back.flatten(0, -2)
         into, sums = self._outer(back, self.cache.n), back.sum(0)  # (3 C + E, C): gradient of the folded weights; and of the bias
