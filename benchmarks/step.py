@@ -6,21 +6,24 @@
 Everything is timed in one process, the arms in turn, so that whatever else the machine does falls on all of them; a time is the
 median of the rounds after a warm-up (of a quarter of them for arms slower than twenty backprop steps). Beside it stands what
 makes times comparable: the free residual, the adjoint residual, and the cosine of the gradient (block and embeddings) with a
-converged one in float64, each the worst of the batches. What is not paid at every step is measured on its own and shared out:
-the rate penalty over its cadence, the refit of the start over its refresh.
+converged one in float64, each the worst of the batches, and the cost in force evaluations of the whole batch: a linearisation
+or a product with J or J^T counts as one, a backward pass as two for each evaluation in it; torchdeq's are not counted. What is
+not paid at every step is measured on its own and shared out: the rate penalty over its cadence, the refit of the start over its
+refresh.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +36,20 @@ from eplib.config import digest, plain
 from eplib.controllers import ContractionRate
 from eplib.diagnostics import LiveBytes, agreement, without_readout
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
-from eplib.models import EquilibriumModel
+from eplib.models import Backend, EquilibriumModel, LanguageModel
 from eplib.records import ROOT, configurations, machine, source_digest
-from eplib.solvers import Anderson, MixedPrecision, Relaxation, Substitution, norm
+from eplib.solvers import Anderson, MixedPrecision, Relaxation, Solver, Substitution, norm
 from eplib.spectra import contraction_rate
 from eplib.starts import LinearStart
-from eplib.training import RunConfig, Trainer, build_model, build_task
+from eplib.training import Mnist, RunConfig, Trainer, build_model, build_task
 
+Step = Callable[[Tensor, Tensor], Report | dict]
 BATCHES = 6
 REFRESH = 10  # cadence of the fit of the start
 FREE, ADJOINT = 1e-4, 5e-3  # residuals at which the phases stop
 STEP = 0.8
 SLOW = 20  # backprop steps
-# ||z_beta - z*|| / ||z*|| of two trajectories, from which their nudge is chosen. That of a whole sequence: at 3e-3 single tokens of
+# ||z_beta - z*|| / ||z*|| of two trajectories, from which their nudge is chosen. That of a sequence: at 3e-3 single tokens of
 # trained models have left the linear range (cosine 0.9998 at C=128 T=128, 0.998 on MNIST).
 DISPLACEMENT = 3e-4
 
@@ -62,11 +66,13 @@ class Point:
     penalty: ContractionRate
 
 
-SIZES = {  # changes of the run of E3 or E2 in the quick profile that is trained, and how long
+# Changes of the run of E3 or E2 in the quick profile that is trained, the batch that is timed, and how long it is trained.
+SIZES: dict[str, tuple[str, dict[str, Any], int, int | None]] = {
     "c64": ("shakespeare", {"width": 64, "context": 64}, 16, None),
     "c128": ("shakespeare", {"width": 128, "context": 128}, 16, None),
     "c128b8": ("shakespeare", {"width": 128, "context": 128}, 8, None),
     "mnist": ("mnist", {}, 128, 200),
+    "toy": ("shakespeare", {"width": 16, "context": 8}, 4, 10),  # proves that everything runs; not among all sizes
 }
 
 
@@ -75,7 +81,7 @@ def run_config(size: str) -> RunConfig:
     experiment, shape, _, steps = SIZES[size]
     config = next(c for c in configurations("quick", experiment) if c.arm == "ep_linear" and c.seed == 0)
     config = replace(config, model=replace(config.model, **shape), steps=steps or config.steps, audit_every=None)
-    return replace(config, data=replace(config.data, patch=7)) if experiment == "mnist" else config
+    return replace(config, data=replace(config.data, patch=7)) if isinstance(config.data, Mnist) else config
 
 
 def points(size: str) -> list[Point]:
@@ -95,11 +101,13 @@ def points_of(config: RunConfig, trained: EquilibriumModel) -> list[Point]:
                        adaptive=False)
     twin = build_model(ordinary, build_task(ordinary, ROOT / "data"))
     batches = [task.batch(config.steps + i) for i in range(BATCHES)]
-    return [Point(name, model, twin, batches, config.penalties[0])
+    penalty = config.penalties[0]
+    assert isinstance(penalty, ContractionRate)
+    return [Point(name, model, twin, batches, penalty)
             for name, model in (("initial", build_model(config, task)), ("trained", trained))]
 
 
-def fastest() -> str:
+def fastest() -> Backend:
     return "compiled" if kernels.available() else "torch"
 
 
@@ -151,20 +159,24 @@ class Torchdeq:
         return {"grads": dict(zip(names, grads, strict=True)), "state": states[-1].detach()}
 
 
-def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor, Tensor], Report | dict]]:
+def _phases(solver: Solver, nudged: Solver) -> dict[str, Any]:
+    return {"solver": solver, "nudged": nudged}
+
+
+def arms(point: Point, backend: str, horizon: int) -> dict[str, Step]:
     """The steps that are compared, by name. horizon: Euler steps that the free phase needs here, for BPTT."""
-    fast = {"solver": Substitution(step=STEP, tol=FREE), "nudged": Substitution(step=STEP, max_steps=40, tol=ADJOINT)}
-    plain = {"solver": Anderson(step=STEP, tol=FREE), "nudged": Anderson(step=STEP, max_steps=40, tol=ADJOINT)}
-    mixed = {"solver": MixedPrecision(step=STEP, tol=FREE), "nudged": MixedPrecision(step=STEP, max_steps=40, tol=ADJOINT)}
-    reference = {"solver": Relaxation(step=0.1, max_steps=150, tol=0), "nudged": Relaxation(step=0.1, max_steps=20, tol=0)}
-    euler = {"solver": Relaxation(step=STEP, tol=FREE)}
+    fast = _phases(Substitution(step=STEP, tol=FREE), Substitution(step=STEP, max_steps=40, tol=ADJOINT))
+    plain = _phases(Anderson(step=STEP, tol=FREE), Anderson(step=STEP, max_steps=40, tol=ADJOINT))
+    mixed = _phases(MixedPrecision(step=STEP, tol=FREE), MixedPrecision(step=STEP, max_steps=40, tol=ADJOINT))
+    reference = _phases(Relaxation(step=0.1, max_steps=150, tol=0), Relaxation(step=0.1, max_steps=20, tol=0))
+    euler: dict[str, Any] = {"solver": Relaxation(step=STEP, tol=FREE)}
     slow = uncached(point.model)
-    # the linear response at beta = 1 says how far a nudge moves the states, at most
-    moved = max(eplib.gradient(point.model, *batch, estimator=DyadicEP(beta=1.0), **plain).measured["displacement"]
-                for batch in point.batches)
+    # the linear response says how far a nudge of one moves the states, at most
+    responses = [eplib.gradient(point.model, *batch, estimator=DyadicEP(), **plain) for batch in point.batches]
+    moved = max((norm(found.adjoint) / norm(found.free.value)).max().item() for found in responses)
     beta = float(f"{DISPLACEMENT / moved:.1g}")
 
-    def ep(model=point.model, **settings):
+    def ep(model: EquilibriumModel = point.model, **settings: Any) -> Callable[[Tensor, Tensor], Report]:
         carried: dict = {}
 
         def step(inputs: Tensor, targets: Tensor) -> Report:
@@ -175,8 +187,8 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
         return step
 
     warm, cold = Tracking(beta=beta, held=True, warm=True), AsymEP(beta=beta)
-    found = {"backprop": ep(point.twin, estimator=Backprop(), **euler)}
-    ways = {"compiled": fast | {"backend": "compiled"}, "torch": plain, "torch from bfloat16": mixed}
+    found: dict[str, Step] = {"backprop": ep(point.twin, estimator=Backprop(), **euler)}
+    ways: dict[str, dict[str, Any]] = {"compiled": fast | {"backend": "compiled"}, "torch": plain, "torch from bfloat16": mixed}
     for name in dict.fromkeys([backend, "torch", "torch from bfloat16"]):
         chosen = ways[name] | {"start": LinearStart(refresh=10**6)}
         found |= {
@@ -192,7 +204,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Callable[[Tensor
         "implicit": ep(estimator=Implicit(), start=LinearStart(refresh=10**6), **plain),
         f"BPTT, {horizon} steps": ep(estimator=BPTT(steps=horizon), **euler),
         "EP, reference": ep(slow, estimator=AsymEP(beta=beta), **reference),
-        **{f"torchdeq, {name}": (lambda i, t, d=d: d(point.model, i, t)) for name, d in deq.items()}}
+        **{f"torchdeq, {name}": partial(d, point.model) for name, d in deq.items()}}
 
 
 def converged(point: Point) -> list[dict[str, Tensor]]:
@@ -203,11 +215,12 @@ def converged(point: Point) -> list[dict[str, Tensor]]:
 
 
 def _wide(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return tuple(part.double() if part.is_floating_point() else part for part in batch)
+    inputs, targets = batch
+    return inputs.double() if inputs.is_floating_point() else inputs, targets
 
 
 def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> dict:
-    """The worst of the batches: free residual, adjoint residual, cosine; force evaluations and fallbacks of the last."""
+    """The worst of the batches: free residual, adjoint residual, cosine; fallbacks of the last."""
     worst = {"free_residual": 0.0, "adjoint_residual": 0.0, "cosine": 1.0}
     for batch, exact in zip(point.batches, truth, strict=True):
         found = step(*batch)
@@ -217,8 +230,7 @@ def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> di
             grads, free, nudged, extra = found["grads"], norm(force) / norm(found["state"]), None, {}
         else:
             grads, free, nudged = found.grads, found.free.residual, found.nudged
-            extra = {"force_evaluations": found.measured["force_evaluations"],
-                     "fallbacks": found.free.fallbacks + (nudged.fallbacks if nudged else 0)}
+            extra = {"fallbacks": found.free.fallbacks + (nudged.fallbacks if nudged else 0)}
         worst["free_residual"] = max(worst["free_residual"], free.max().item())
         if nudged:
             worst["adjoint_residual"] = max(worst["adjoint_residual"], nudged.residual.max().item())
@@ -228,14 +240,15 @@ def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> di
 
 
 def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda name: True, bytes_too: bool = True) -> dict:
-    """Median milliseconds, ratio to backprop, accuracy and peak live bytes of every arm at one point.
+    """Median milliseconds, ratio to backprop, force evaluations, accuracy and peak live bytes of every arm at one point.
 
     The linear response is given with its amortised costs, and apart: `milliseconds` holds the bare step, `penalty` and `refit`
     what each adds when it runs, `amortised` the sum at their cadence.
     """
     horizon = int(point.model.settle(point.batches[0][0], Relaxation(step=STEP, tol=FREE, max_steps=300)).steps.max())
     steps = {name: step for name, step in arms(point, fastest(), max(1, horizon)).items() if only(name)}
-    truth, seconds = converged(point), {name: [] for name in steps}
+    truth = converged(point)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for count in range(rounds + 2):
         batch = point.batches[count % len(point.batches)]
         for name, step in steps.items():
@@ -258,6 +271,9 @@ def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda
             if extra in milliseconds and extra != name:
                 row[part] = milliseconds[extra] - milliseconds[name]
                 row["amortised"] += row[part] / cadence
+        last = step(*point.batches[-1])
+        if isinstance(last, Report):
+            row["force_evaluations"] = last.measured["force_evaluations"]
         if bytes_too:
             with LiveBytes() as counter:
                 step(*point.batches[0])
@@ -273,6 +289,7 @@ def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda
 def generation(point: Point, tokens: int = 40) -> dict:
     """Milliseconds a token of generated text, the new token settled alone and, for comparison, the whole window for each."""
     model, solver = point.model, Anderson(step=STEP, tol=FREE)
+    assert isinstance(model, LanguageModel)
     ids = point.batches[0][0][0, :model.context - tokens] if model.context > tokens else point.batches[0][0][0, :1]
     tokens = min(tokens, model.context - len(ids))
     began = time.perf_counter()
@@ -291,7 +308,8 @@ def compiled_backprop(point: Point, rounds: int = 20) -> dict:
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         return model.loss(model.block.output(model.block.start(model.clamp(inputs))), targets).mean()
 
-    fused, seconds = torch.compile(loss), {"eager": [], "compiled": []}
+    fused = torch.compile(loss)
+    seconds: dict[str, list[float]] = {"eager": [], "compiled": []}
     began = time.perf_counter()
     torch.autograd.grad(fused(*point.batches[0]), values)
     compilation = time.perf_counter() - began
@@ -309,24 +327,25 @@ def table(results: dict) -> str:
         lines.append(f"{point}: rate_arnoldi at step 0.5 {found['rate_arnoldi']:.3f}; {found['horizon']} Euler steps to "
                      f"{FREE:g}")
         for name, row in found["arms"].items():
-            lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x"
+            lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x {row.get('force_evaluations', '-'):>6} F"
                          + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint "
                             f"{row['adjoint_residual']:.1e}" if "cosine" in row else ""))
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Times the sizes that are asked for, prints what was found and keeps it in --out; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=tuple(SIZES), action="append", help="one size, again for another; all by default")
+    parser.add_argument("--size", choices=tuple(SIZES), action="append", help="one, again for another; all but toy by default")
     parser.add_argument("--point", choices=("initial", "trained"), help="one operating point; both by default")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="time backprop under torch.compile too (needs a C++ compiler)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
-    options = parser.parse_args()
-    if options.rounds < 1 or math.isnan(options.rounds):
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for size in options.size or SIZES:
+    for size in options.size or [name for name in SIZES if name != "toy"]:
         at = points(size)
         print(f"== {size}: {machine()['processor']}, {torch.get_num_threads()} threads, {fastest()} backend", flush=True)
         results = {point.name: measure(point, options.rounds) for point in at if options.point in (None, point.name)}

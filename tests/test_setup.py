@@ -199,6 +199,13 @@ def test_notebooks_run_where_the_home_is_read_only_and_the_temporary_folder_deep
         notebook.short_folder()
 
 
+def test_an_executed_notebook_names_files_from_the_root_on():
+    """A warning that it shows does not depend on where the repository lies."""
+    said = {"output_type": "stream", "name": "stderr", "text": f"{ROOT}/eplib/runs.py:1: UserWarning: x\n"}
+    cell = {"cell_type": "code", "metadata": {}, "source": [], "outputs": [said]}
+    assert '"eplib/runs.py:1: UserWarning: x\\n"' in notebook.settle({"cells": [cell]})
+
+
 def test_interrupted_setup_does_not_count_as_done(tmp_path):
     """A killed install leaves no stamp, so make starts it again; a finished one is not repeated."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
