@@ -2,14 +2,14 @@
 
 A configuration refuses what it does not know: an unknown key, a value of the wrong type or out of its range is a
 `pydantic.ValidationError` that names the key, the value and what is allowed. Nothing is coerced except int to float, so the
-string "1e-3" (what YAML makes of a number without a dot) is refused instead of being guessed at.
+string "1e-3" (what YAML makes of a number without a dot) is refused instead of being guessed at. Numbers are finite.
 """
 
 import json
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,8 +20,8 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configuration(kind: type[T]) -> type[T]:
     """Class decorator of every configuration: frozen, keyword-only, strict."""
-    strict = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=False)
-    return dataclass(frozen=True, kw_only=True, config=strict)(kind)
+    strict = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=False, allow_inf_nan=False)
+    return cast("type[T]", dataclass(frozen=True, kw_only=True, config=strict)(kind))
 
 
 class ConfigurationError(ValueError):

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whoever writes and whoever is killed, and YAML that says what is wrong with it.
+"""Files that are there as a whole or not at all, whoever writes and is killed, and YAML that says what is wrong with it.
 
 Imports neither torch nor NumPy: every command starts with it.
 """
@@ -53,8 +53,8 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def read_yaml(path: Path, refused: type[Exception]) -> Any:
-    """Parses a YAML file; raises `refused` with file, line and what is wrong. The compiled loader where PyYAML has it: ten times
-    as fast, and every command, worker and notebook reads a profile."""
+    """Parses a YAML file; raises `refused` with file, line and what is wrong. By the compiled loader where PyYAML has it: ten
+    times as fast, and every command, worker and notebook reads a profile."""
     import yaml
 
     try:

@@ -48,7 +48,7 @@ def lease(path: Path) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if not _is(path, mine):
-            raise Lost(f"{path.stem}: this process was not seen for {STALE:.0f} s and {holder(path) or 'another'} took the run over")
+            raise Lost(f"{path.stem}: not renewed for {STALE:.0f} s, so {holder(path) or 'another process'} took it over")
 
     try:
         yield check
@@ -70,7 +70,7 @@ def holder(path: Path) -> str | None:
         owner = json.loads(text)
     except ValueError:  # its writer died before a word was written
         owner = {"host": "an unknown host", "pid": None}
-    if age > STALE or owner["host"] == HOST and not alive(owner["pid"]):
+    if age > STALE or (owner["host"] == HOST and not alive(owner["pid"])):
         return None
     return f"process {owner['pid']} on {owner['host']}"
 

@@ -90,6 +90,7 @@ def _merge(base: dict, changes: dict) -> dict:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        together = isinstance(old, dict) and isinstance(value, dict) and len({old.get("kind"), value.get("kind")} - {None}) < 2
-        merged[key] = _merge(old, value) if together else value
+        if isinstance(old, dict) and isinstance(value, dict) and len({old.get("kind"), value.get("kind")} - {None}) < 2:
+            value = _merge(old, value)
+        merged[key] = value
     return merged

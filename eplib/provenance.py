@@ -25,7 +25,7 @@ def without_comments(path: Path) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) \
                 and isinstance(body[0].value.value, str):
-            first, last = body[0].lineno - 1, body[0].end_lineno - 1
+            first, last = body[0].lineno - 1, (body[0].end_lineno or body[0].lineno) - 1
             if not (lines[first].encode()[:body[0].col_offset] + lines[last].encode()[body[0].end_col_offset:]).strip():
                 lines[first:last + 1] = [""] * (last + 1 - first)  # but a line that holds code as well stays
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

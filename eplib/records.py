@@ -22,7 +22,7 @@ import numpy
 from torch import Tensor
 
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, paired, spread
-from .config import digest, plain
+from .config import ConfigurationError, digest, parse, plain
 from .diagnostics import adaptive_compute
 from .files import leftovers, write_atomically
 from .formats import to_csv, to_json
@@ -35,10 +35,11 @@ from .solvers import FixedHorizon, Solver, Substitution
 from .training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
-           "load_profile", "machine", "mean_loss", "paired", "save_machine", "save_result", "source_digest", "spread", "summarise"]
+           "load_profile", "machine", "mean_loss", "paired", "save_machine", "save_result", "source_digest", "spread",
+           "summarise"]
 
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
-RUN = re.compile(r".+-lr[^-]+(-\d+)?-seed\d+-[0-9a-f]{8}")  # the name of a run's folder: lr0.003, lr1e-05
+RUN = re.compile(r"[a-z0-9][a-z0-9_.-]*-lr[0-9.]+(e[+-]\d+)?-seed\d+-[0-9a-f]{8}")  # the name of a run's folder
 POLL = 1.0  # seconds between two looks at a run that another process trains
 CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
 
@@ -67,13 +68,21 @@ class Store:
         self.stale, self.sample = settings.get("stale", "keep"), settings.get("sample", 0)
 
     def find(self, config: RunConfig) -> Run | None:
-        """The recorded run of this configuration, or None. A run of older source counts unless the profile retrains those."""
+        """The recorded run of this configuration, or None. A run of older source counts unless the profile retrains those.
+
+        Its folder's name says what differs from the defaults; the configuration recorded in it is compared as a whole, and a
+        run for which a default was another one is warned of and does not count.
+        """
         run = self._place(config)
         if not (run.folder / "metrics.json").exists():  # written last: a run is there as a whole or not at all
             return None
+        if problem := _mismatch(run):
+            warnings.warn(f"{run.folder} does not stand for this configuration: {problem}", stacklevel=2)
+            return None
         return run if self.stale == "keep" or run.current else None
 
-    def run(self, config: RunConfig, deadline: float = math.inf, device: str = "cpu", show=show_on_terminal,
+    def run(self, config: RunConfig, deadline: float = math.inf, device: str = "cpu",
+            show: Callable[[str], None] = show_on_terminal,
             backend: Backend | None = None, wait: bool = True) -> Run:
         """The run, trained first if it is absent, by default with the fastest backend; the provenance says with which.
 
@@ -180,6 +189,17 @@ class Store:
         name = f"{config.name}-{digest(plain(config))}"
         return Run(config, self.results / "runs" / config.experiment / name,
                    self.results / "weights" / config.experiment / name)
+
+
+def _mismatch(run: Run) -> str | None:
+    """How the recorded configuration differs from the run's, in words. An option that was not there yet had its default."""
+    try:
+        recorded = plain(parse(RunConfig, run.recorded_config, f"{run.folder / 'config.json'}"))
+    except ConfigurationError as error:
+        return str(error)
+    asked = plain(run.config)
+    return "; ".join(f"{key} was {recorded.get(key)!r}, asked for is {asked[key]!r}" for key in asked
+                     if recorded.get(key) != asked[key]) or None
 
 
 def summarise(trainer: Trainer, progress: Progress) -> dict:

@@ -32,6 +32,11 @@ class Run:
     weights_folder: Path
 
     @cached_property
+    def recorded_config(self) -> dict:
+        """The configuration as it was recorded, whole: what a default was then is in it."""
+        return json.loads((self.folder / "config.json").read_text())
+
+    @cached_property
     def metrics(self) -> dict:
         return json.loads((self.folder / "metrics.json").read_text())
 
@@ -101,9 +106,10 @@ class Run:
     def horizon(self, steps: Iterable[int], root: Path = data.DATA) -> list[dict[str, float]]:
         """The horizon that BPTT needs at the last weights, on the batch after the run's last: a row for each number of steps.
 
-        `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's step; `cosine` and `ratio`
-        of BPTT's gradient over them (block and embeddings) to that of the settled phases, whose own free residual is `settled`.
-        Raises FileNotFoundError without weights here.
+        `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's step; `cosine` and
+        `ratio` of BPTT's gradient over them (block and embeddings) to that of the settled phases, whose own free residual is
+        `settled`.
+        Raises FileNotFoundError without weights here, ValueError if a phase diverges.
         """
         model, step = self.model(root=root), self.config.solver.step
         batch = build_task(self.config, root).batch(self.config.steps)
@@ -112,16 +118,18 @@ class Run:
         rows = []
         for count in steps:
             found = gradient(model, *batch, estimator=BPTT(steps=count), solver=Relaxation(step=step))
+            if found.grads is None or exact.grads is None:
+                raise ValueError(f"{self.config.name}: a phase diverged at the last weights, so there is no gradient to compare")
             agreed = agreement(without_readout(found.grads), without_readout(exact.grads))["total"]
             rows.append({"steps": count, "residual": found.free.residual.max().item(), "cosine": agreed.cosine,
                          "ratio": agreed.ratio, "settled": exact.free.residual.max().item()})
         return rows
 
-    def record_horizon(self, steps: Iterable[int], root: Path = data.DATA) -> Path:
-        """Keeps `horizon` with the run's results, where it travels as the weights do not."""
-        path = self.folder / "horizon.json"
-        write_atomically(path, to_json(self.horizon(steps, root)))
-        return path
+    def record_horizon(self, steps: Iterable[int], root: Path = data.DATA) -> list[dict[str, float]]:
+        """`horizon`, kept with the run's results, where it travels as the weights do not."""
+        rows = self.horizon(steps, root)
+        write_atomically(self.folder / "horizon.json", to_json(rows))
+        return rows
 
     @property
     def recorded_horizon(self) -> list[dict[str, float]] | None:

@@ -78,7 +78,7 @@ def for_profile(module: str, text: str, action: Callable[[str], int | None], arg
         return 1
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def command(main: Callable[[], int]) -> NoReturn:
     """Ends this process with main()'s exit code; in silence where nobody reads what it prints any more (`| head`) or Ctrl-C
     stopped it."""
     try:

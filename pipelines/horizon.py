@@ -12,7 +12,7 @@ import sys
 from eplib.config import ConfigurationError
 from eplib.profiles import load_profile
 from eplib.records import Store
-from pipelines.common import run
+from pipelines.common import command
 
 STEPS = (8, 16, 24, 32, 48, 64)
 
@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         groups = load_profile(options.profile).get("runs") or {}
         if options.experiment not in groups:
-            raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has {', '.join(groups)}")
+            raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has "
+                                     f"{', '.join(groups)}")
         if min(options.steps) < 1:
             raise ConfigurationError(f"a horizon is at least one step; got {min(options.steps)}")
     except ConfigurationError as error:
@@ -41,12 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
               "train it here with python -m pipelines.train", file=sys.stderr)
         return 1
     for run in chosen:
-        if run.recorded_horizon is None:
-            run.record_horizon(options.steps, store.root / "data")
-        for row in run.recorded_horizon:
+        for row in run.recorded_horizon or run.record_horizon(options.steps, store.root / "data"):
             print(f"{run.config.name}  " + "  ".join(f"{key} {value:.6g}" for key, value in row.items()), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -8,6 +8,7 @@ every figure, table and text of the paper came out; then the scratch folder is r
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipelines.common import ROOT, PipelineError
+from pipelines.common import ROOT, PipelineError, command
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -70,8 +71,11 @@ def environment() -> dict[str, str]:
     return values
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    argparse.ArgumentParser(
+        prog="python -m pipelines.smoke", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args(arguments)
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="eplib-smoke-"))
     print(
@@ -101,4 +105,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

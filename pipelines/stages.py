@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from pipelines import notebook
-from pipelines.common import ROOT, PipelineError, load_profile, load_yaml, notebook_names, run, write_text
+from pipelines.common import ROOT, PipelineError, command, load_profile, load_yaml, notebook_names, write_text
 
 PACKAGES = ("benchmarks", "eplib", "pipelines")
 DATA = "mnist plays-chars plays-bpe1024"
@@ -319,4 +319,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -32,7 +32,7 @@ from eplib.models import Backend
 from eplib.profiles import ROOT, configurations, load_profile
 from eplib.records import Store
 from eplib.training import OutOfTime, RunConfig
-from pipelines.common import run
+from pipelines.common import command
 
 QUIET_SECONDS = 15.0  # between two lines of progress where there is no terminal to rewrite one on
 
@@ -50,6 +50,7 @@ def seconds(text: str) -> float:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
 TURN = 0.2  # seconds between two looks at the workers
 BUSY_SECONDS = 5.0  # between two looks at runs that other commands train
 
@@ -59,9 +60,8 @@ _lines: Connection | None = None  # of a worker, to the command
 def processors() -> int:
     """How many processors this process may use: those of its affinity, fewer where its control group has a quota of time."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
-    if quota.is_file():
-        granted, period = quota.read_text().split()
+    if QUOTA.is_file():
+        granted, period = QUOTA.read_text().split()
         if granted != "max":
             count = min(count, max(1, round(int(granted) / int(period))))
     return count
@@ -71,32 +71,34 @@ def _start_worker(lines: Connection) -> None:
     """Ends this process when its parent has: a worker whose command was killed would train on beside the next call's."""
     global _lines
     _lines = lines
-    parent = multiprocessing.parent_process()
 
-    def watch() -> None:
+    def watch(parent: multiprocessing.process.BaseProcess) -> None:
         parent.join()
         os._exit(1)
 
-    if parent:
-        threading.Thread(target=watch, daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
+
+
+def _send(line: str) -> None:
+    assert _lines is not None, "this process is no worker"
+    _lines.send(line)
 
 
 def _work(profile: str, config: RunConfig, root: Path, device: str, backend: Backend | None, end: float) -> None:
     """end: when the budget ends, of time.time(): starting a worker takes seconds, which count."""
     torch.set_num_threads(1)  # one run a core beats one run on all cores at these sizes, and fixes the order of sums
-    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, lambda line: _lines.send(line), backend,
-                             wait=False)
+    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, _send, backend, wait=False)
 
 
 @dataclass
 class Worker:
-    """A pool of one process, so that one that is killed takes no other's run with it, and the pipe its progress comes by: a pipe
-    and not a queue, because whoever is killed while it holds a queue's lock stops all others."""
+    """A pool of one process, so that one that is killed takes no other's run with it, and the pipe its progress comes by: no
+    queue, because whoever is killed while it holds a queue's lock stops all others."""
 
     pool: ProcessPoolExecutor = field(init=False)
     lines: Connection = field(init=False)
-    future: Future | None = None
-    config: RunConfig | None = None
+    work: tuple[RunConfig, Future] | None = None
     line: str = ""
 
     def __post_init__(self) -> None:
@@ -109,7 +111,18 @@ class Worker:
                                         initargs=(theirs,))
 
     def give(self, config: RunConfig, task: Callable[[RunConfig], None]) -> None:
-        self.config, self.line, self.future = config, "", self.pool.submit(task, config)
+        self.work, self.line = (config, self.pool.submit(task, config)), ""
+
+    def outcome(self) -> tuple[RunConfig, BaseException | None] | None:
+        """The finished run and its error; None while there is none. A process that was killed is replaced."""
+        if self.work is None or not self.work[1].done():
+            return None
+        (config, future), self.work = self.work, None
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            self.pool.shutdown()
+            self.start()
+        return config, error
 
     def listen(self) -> None:
         """Takes in the lines that have come; each is short enough to be written at once, so none is cut off by a kill."""
@@ -135,7 +148,7 @@ class Agenda:
         self.total = len(self.waiting)
 
     def next(self) -> RunConfig | None:
-        """The next run that no other process trains; those that one has recorded meanwhile are done. None if there is none now."""
+        """The next run that no other process trains, or None; those that another has recorded meanwhile are done."""
         if time.monotonic() - self.looked < BUSY_SECONDS:
             return None
         for config in list(self.waiting):
@@ -188,15 +201,11 @@ def train(profile: str, configs: list[RunConfig], workers: int, device: str, bud
         while True:
             for worker in team:
                 worker.listen()
-                if worker.future and worker.future.done():
-                    error, worker.future = worker.future.exception(), None
-                    agenda.take(worker.config, error)
-                    if isinstance(error, BrokenProcessPool):
-                        worker.pool.shutdown()
-                        worker.start()
-                if not worker.future and time.monotonic() < deadline and (config := agenda.next()):
+                if outcome := worker.outcome():
+                    agenda.take(*outcome)
+                if not worker.work and time.monotonic() < deadline and (config := agenda.next()):
                     worker.give(config, task)
-            busy = [worker for worker in team if worker.future]
+            busy = [worker for worker in team if worker.work]
             if not busy and (not agenda.waiting or time.monotonic() >= deadline):
                 break
             wait([worker.lines for worker in busy], TURN)
@@ -225,7 +234,8 @@ def chosen(options: argparse.Namespace) -> list[RunConfig]:
     """The runs that the arguments name. Raises `ConfigurationError`, ValueError for a wrong one."""
     groups = load_profile(options.profile).get("runs") or {}
     if options.experiment and options.experiment not in groups:
-        raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has {', '.join(groups)}")
+        raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has "
+                                 f"{', '.join(groups)}")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise ConfigurationError(f"device {options.device!r} was asked for, but torch finds no such device here")
     if options.workers < 1:
@@ -255,8 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--experiment", help="one experiment of the profile; all by default")
     parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--budget", default="", help="stop after this long, e.g. 500s, 10m, 2h")
-    parser.add_argument("--workers", type=int, default=processors(), help="runs at a time; by default one for each processor that "
-                        "this process may use")
+    parser.add_argument("--workers", type=int, default=processors(),
+                        help="runs at a time; by default one for each processor that this process may use")
     parser.add_argument("--device", default="cpu", help="where to train, e.g. cuda; never chosen silently")
     parser.add_argument("--backend", choices=("torch", "compiled"),
                         help="what computes the phases; by default the compiled kernel where it is built and fits the run")
@@ -287,4 +297,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -20,7 +20,7 @@ from scipy import stats
 from eplib import data, diagnostics, formats, profiles, provenance, records
 from eplib.config import ConfigurationError, digest, plain
 from eplib.records import Run, Store, configurations
-from eplib.training import OutOfTime, Optimiser
+from eplib.training import Optimiser, OutOfTime
 from pipelines import horizon, stages, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
@@ -107,10 +107,10 @@ def test_weights_are_given_back_in_the_model_or_missed_with_instructions(recorde
     path = run.weights_folder / "step-000002.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(Exception, match="(?i)incomplete|invalid"):
+    with pytest.raises(Exception, match=r"(?i)incomplete|invalid"):
         run.model(root=data)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="step 2 are not at .*step-000002.*train the run here, or add the step"):
+    with pytest.raises(FileNotFoundError, match=r"step 2 are not at .*step-000002.*train the run here, or add the step"):
         run.model(root=data)
     with pytest.raises(FileNotFoundError, match="step 7"):
         run.model(7, root=data)
@@ -342,7 +342,7 @@ def test_a_family_that_is_none_is_refused(family, parts, root):
 def test_one_run_named_twice_is_refused(root):
     """Two workers would train it in one folder."""
     write_profile(root, f"runs:\n  tiny:\n    - over: {{seed: [1, 1]}}\n      arms: {{a: }}{COMMON}")
-    with pytest.raises(ConfigurationError, match="arm a: a-lr0.003-seed1 is named twice"):
+    with pytest.raises(ConfigurationError, match=r"arm a: a-lr0.003-seed1 is named twice"):
         configurations("x", "tiny", root)
 
 
@@ -510,7 +510,7 @@ def test_the_horizon_of_bptt_is_measured_where_the_weights_are_and_travels_with_
     assert run.recorded_horizon is None
     near, far = run.horizon((1, 60), root=root / "data")
     assert (near["steps"], far["steps"]) == (1, 60) and far["settled"] < 1e-5
-    assert far["cosine"] > 1 - 1e-6 and abs(far["ratio"] - 1) < 1e-4 and far["residual"] < 1e-5  # a long horizon is the settled gradient
+    assert far["cosine"] > 1 - 1e-6 and abs(far["ratio"] - 1) < 1e-4 and far["residual"] < 1e-5  # long: the settled gradient
     assert near["residual"] > 100 * far["residual"] and near["cosine"] < far["cosine"]
     monkeypatch.setattr(horizon, "Store", lambda profile: Store(profile, root))
     monkeypatch.setattr(horizon, "load_profile", lambda profile: profiles.load_profile(profile, root))

@@ -1,0 +1,391 @@
+"""Several processes on one store: leases, commands that share the runs, workers that are killed, what killed writers leave."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+import eplib.data
+from eplib import files, leases, profiles, records
+from eplib.leases import Held, Lost, lease
+from eplib.records import Store, configurations
+from eplib.training import OutOfTime, Trainer
+from pipelines import train
+from test_records import TWO, command, root, write_profile  # noqa: F401  (fixtures)
+from test_training import KILLED, REPOSITORY, SCRIPT, config, corpus, make_root, outcome  # noqa: F401
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from eplib.leases import lease
+with lease(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def dead() -> int:
+    """The number of a process that was there."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    return gone.pid
+
+
+# --- leases
+
+def test_a_lease_has_one_holder_and_is_free_when_it_is_given_back(tmp_path):
+    path = tmp_path / "leases" / "run.json"
+    with lease(path) as check:
+        check()
+        assert leases.holder(path) == f"process {os.getpid()} on {files.HOST}"
+        with pytest.raises(Held, match=f"process {os.getpid()} on"), lease(path):
+            pass
+        check()
+    assert not path.exists() and leases.holder(path) is None
+    with pytest.raises(KeyError), lease(path):
+        raise KeyError
+    with lease(path):
+        pass
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_at_once_and_that_of_a_living_one_is_not(tmp_path):
+    path = tmp_path / "run.json"
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(Held, match=f"process {other.pid} on"), lease(path):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    assert path.exists() and leases.holder(path) is None
+    with lease(path) as check:
+        check()
+
+
+def test_the_lease_of_another_host_is_stale_when_nobody_has_renewed_it_for_minutes(tmp_path):
+    path = tmp_path / "run.json"
+    for text in (json.dumps({"host": "elsewhere", "pid": 1}), ""):  # "": its writer died before a word was written
+        path.write_text(text)
+        with pytest.raises(Held, match=r"elsewhere|unknown host"), lease(path):
+            pass
+        old = time.time() - leases.STALE - 1
+        os.utime(path, (old, old))
+        with lease(path) as check:
+            check()
+
+
+def test_a_holder_renews_its_lease_and_hears_when_another_has_taken_it(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(leases, "RENEW", 0.01)
+    with lease(path):
+        old = time.time() - leases.STALE - 1
+        os.utime(path, (old, old))
+        until = time.monotonic() + 10
+        while leases.holder(path) is None:
+            assert time.monotonic() < until, "not renewed"
+            time.sleep(0.005)
+    monkeypatch.setattr(leases, "RENEW", 100.0)
+    with lease(path) as check:
+        os.utime(path, (old, old))
+        with lease(path), pytest.raises(Lost, match=r"process .* took it over"):
+            check()
+        assert not path.exists()
+        path.write_text("somebody else's")
+    assert path.exists()  # what is not its own is not given back
+
+
+def test_no_two_ever_hold_a_lease_that_is_fought_for_and_left_stale(tmp_path):
+    path, inside, most, rounds, failures = tmp_path / "run.json", [], [0], [0], []
+    stale, guard = json.dumps({"host": files.HOST, "pid": dead()}), threading.Lock()
+
+    def fight() -> None:
+        until = time.monotonic() + 60
+        for turn in range(15):
+            while True:
+                try:
+                    with lease(path) as check:
+                        with guard:
+                            inside.append(turn)
+                            most[0] = max(most[0], len(inside))
+                            rounds[0] += 1
+                        check()
+                        with guard:
+                            inside.remove(turn)
+                        if turn % 3 == 0:
+                            path.write_text(stale)  # as if this process had died in it
+                    break
+                except Held:
+                    if time.monotonic() > until:
+                        failures.append(turn)
+                        return
+                except Lost:
+                    failures.append(turn)
+                    return
+
+    threads = [threading.Thread(target=fight) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and rounds == [90] and most == [1]
+
+
+# --- the store
+
+def test_a_run_that_another_trains_is_waited_for_or_left(root, monkeypatch):  # noqa: F811
+    store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
+    monkeypatch.setattr(records, "POLL", 0.01)
+    said, results = [], []
+    with lease(store._lease(wanted)):
+        assert store.holder(wanted)
+        with pytest.raises(Held):
+            store.run(wanted, wait=False)
+        with pytest.raises(OutOfTime, match=r"process .* still trains it"):
+            store.run(wanted, deadline=time.monotonic() + 0.05)
+        waiting = threading.Thread(target=lambda: results.append(store.run(wanted, show=said.append)))
+        waiting.start()
+        until = time.monotonic() + 20
+        while not said:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert "waits for process" in said[0] and outcome(root) == {}
+    waiting.join()
+    assert [run.config for run in results] == [wanted] and store.find(wanted) and not store.holder(wanted)
+
+
+def test_who_has_lost_its_run_writes_nothing(root, monkeypatch):  # noqa: F811
+    store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
+    step = Trainer._step
+
+    def taken_over(trainer):
+        step(trainer)
+        store._lease(wanted).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+
+    monkeypatch.setattr(Trainer, "_step", taken_over)
+    with pytest.raises(Lost, match="process 1 on elsewhere took it over"):
+        store.run(wanted)
+    assert outcome(root) == {} and store.holder(wanted) == "process 1 on elsewhere"
+
+
+def test_a_run_begun_by_older_source_is_named_and_cleaned_once_the_run_is_there(root, command, capsys):  # noqa: F811
+    store, [first, second] = Store("x", root), configurations("x", "tiny", root)
+    older = store.checkpoints / ("0" * 12) / "tiny" / store.scratch(first).name
+    older.mkdir(parents=True)
+    (older / "checkpoint.safetensors").write_bytes(b"")
+    store.scratch(second).mkdir(parents=True)
+    assert command("--list") == 0
+    said = capsys.readouterr().out
+    assert "tiny/ep-lr0.003-seed0: absent; older source has begun it, which is not gone on from" in said
+    assert "tiny/bptt-lr0.003-seed0: begun; goes on from its checkpoint" in said
+    with lease(store._lease(second)):
+        assert command("--list") == 0 and "bptt-lr0.003-seed0: being trained by process" in capsys.readouterr().out
+    assert command() == 0 and store.unfinished(first) == store.unfinished(second) == []
+
+
+def test_only_runs_and_what_dead_writers_left_are_pruned(root):  # noqa: F811
+    store = Store("x", root)
+    [run, _] = store.runs("tiny")
+    gone, mine = run.folder.with_name("gone-lr0.01-seed0-0123abcd"), f"{files.HOST}.{os.getpid()}-0"
+    shutil.copytree(run.folder, gone)
+    kept = [run.folder.parent / name for name in ("notes.txt", "notes/plan.txt", "gone-lr0.01-seed0-0123abc/x",
+                                                  f".a.{mine}.partial", ".a.elsewhere.1-0.partial")]
+    left = run.folder / f".log.csv.gz.{files.HOST}.{dead()}-3.partial"
+    for path in [*kept, left]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    (run.folder.parent / "file-lr0.01-seed0-0123abcd").write_text("named like a run, but a file")
+    assert store.prune("tiny") == [gone.name] and store.prune("tiny") == []
+    assert all(path.exists() for path in kept) and not left.exists() and not gone.exists() and store.find(run.config)
+    assert (run.folder.parent / "file-lr0.01-seed0-0123abcd").exists()
+
+
+@pytest.mark.parametrize("name", ["a-lr0.003-seed0-0123abcd", "a-b.c_1-lr1e-05-seed12-ffffffff", "x-lr3-seed0-00000000"])
+def test_a_run_is_known_by_its_folders_name(name):
+    assert records.RUN.fullmatch(name)
+    assert not any(records.RUN.fullmatch(other) for other in (name[:-1], f"{name}0", f".{name}", name.replace("-seed", "-")))
+
+
+def test_a_file_that_is_written_by_many_at_once_is_always_whole(tmp_path):
+    path, texts = tmp_path / "a.json", [str(n) * 20_000 for n in range(4)]
+    files.write_atomically(path, texts[0])
+    threads = [threading.Thread(target=lambda text=text: [files.write_atomically(path, text) for _ in range(30)])
+               for text in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert path.read_text() in texts
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_run_is_recorded_although_its_sample_cannot_be_drawn(root, monkeypatch):  # noqa: F811
+    profile = root / "pipelines" / "profiles" / "x.yaml"
+    profile.write_text(profile.read_text() + "sample: 5\n")
+    [first, second] = configurations("x", "tiny", root)
+    monkeypatch.setattr(records, "PROMPT", "€")
+    with pytest.warns(UserWarning, match="without a sample of text: DataError: cannot encode '€'"):
+        run = Store("x", root).run(first)
+    assert run.metrics["final"]["loss"] > 0 and run.sample is None and Store("x", root).find(first)
+    monkeypatch.setattr(records, "PROMPT", "The king")
+    monkeypatch.setattr(eplib.data.Chars, "encode", lambda *_: (_ for _ in ()).throw(ImportError("no tokenizers")))
+    with pytest.warns(UserWarning, match="ImportError: no tokenizers"):
+        assert Store("x", root).run(second).metrics["final"]["loss"] > 0
+
+
+def test_a_run_recorded_under_another_default_does_not_stand_for_todays(root):  # noqa: F811
+    store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
+    path = store.run(wanted).folder / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["frozen"]  # an option that was not there yet
+    path.write_text(json.dumps(recorded))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.find(wanted)
+    for change, said in (({"gate": 0.5}, "gate was 0.5, asked for is None"), ({"speed": 3}, "speed: Unexpected")):
+        path.write_text(json.dumps(recorded | change))
+        with pytest.warns(UserWarning, match=said):
+            assert store.find(wanted) is None
+    assert store.run(wanted).recorded_config["gate"] is None  # trained again, recorded as it is
+
+
+# --- profiles
+
+def test_a_misspelt_experiment_is_refused_with_those_there_are(root):  # noqa: F811
+    (root / "pipelines" / "profiles" / "y.yaml").write_text("runs: {other: }\n")
+    for ask in (lambda: configurations("x", "tniy", root), lambda: Store("x", root).runs("tniy"),
+                lambda: Store("x", root).recorded("tniy"), lambda: Store("x", root).prune("tniy")):
+        with pytest.raises(profiles.ConfigurationError, match="'tniy'; profile x has tiny; other profiles have other"):
+            ask()
+    assert configurations("x", "other", root) == []  # another profile's: this one leaves it out
+
+
+@pytest.mark.parametrize("text, said", [
+    ("runs: {tiny: [}", r"x.yaml, line 3, column 15: this is not YAML: "),
+    ("runs:\n  tiny:\n\t- arms", r"x.yaml, line 5, column 1: this is not YAML: found character that cannot start any token"),
+    ("runs: [tiny]", "x.yaml, runs: got .'tiny'.; give a mapping"),
+    ("runs: {tiny: {arms: {a: }}}", "x.yaml, runs.tiny: got .*; an experiment is a list of families"),
+    ("runs: {tiny: [3]}", "x.yaml, runs.tiny: got 3; give a mapping"),
+    ("runs: {tiny: [{arms: [a]}]}", "x.yaml, runs.tiny, arms: got .'a'.; give a mapping"),
+    ("runs: {tiny: [{arms: {a: 3}}]}", "x.yaml, runs.tiny, arm a: got 3; give a mapping"),
+])
+def test_a_profile_that_cannot_be_read_is_refused_with_file_line_and_what(text, said, root, command, capsys):  # noqa: F811
+    write_profile(root, text)
+    with pytest.raises(profiles.ConfigurationError, match=said):
+        configurations("x", "tiny", root)
+    assert command("--list") == 2 and "train: " in capsys.readouterr().err
+
+
+# --- the command
+
+def test_runs_that_another_process_trains_are_left_to_it(root, command, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "BUSY_SECONDS", 0.05)
+    store, [first, _] = Store("x", root), configurations("x", "tiny", root)
+    with lease(store._lease(first)):
+        assert command("--budget", "6s") == 3
+        said = capsys.readouterr().out
+        assert "tiny/bptt-lr0.003-seed0: done (1 of 2" in said and "1 of 2 runs are unfinished" in said
+        trained = threading.Thread(target=lambda: store._train(first, float("inf"), "cpu", print, None, lambda: None))
+        trained.start()
+        assert command("--budget", "60s") == 0
+        trained.join()
+    assert "tiny/ep-lr0.003-seed0: done by another command (1 of 1" in capsys.readouterr().out
+
+
+def test_workers_are_as_many_as_the_processors_that_this_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "QUOTA", tmp_path / "cpu.max")
+    for allowed, quota, expected in ((range(8), None, 8), ([3], None, 1), (range(8), "max 100000", 8),
+                                     (range(8), "250000 100000", 2), (range(8), "20000 100000", 1),
+                                     ([1, 2], "900000 100000", 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: set(allowed), raising=False)
+        if quota:
+            train.QUOTA.write_text(quota)
+        assert train.processors() == expected
+
+
+@pytest.fixture
+def tree(corpus, tmp_path):  # noqa: F811
+    """A function that makes a repository with a profile, and the command that trains it in real processes."""
+    def make(profile: str, script: str = "") -> tuple[Path, list[str]]:
+        folder = make_root(tmp_path / "tree", corpus, profile)
+        for package in ("eplib", "pipelines"):
+            shutil.copytree(REPOSITORY / package, folder / package, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("__pycache__", "profiles", "*.partial"))
+        (folder / "command.py").write_text(SCRIPT.format(file=eplib.data.CORPORA["tinystories"]).replace(
+            "if __name__", f"{script}\nif __name__"))
+        return folder, [sys.executable, "command.py", "--profile", "x", "--workers", "2"]
+
+    return make
+
+
+def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
+    long = folder / ("temporary" * 20)  # no socket's path has room for it
+    long.mkdir(exist_ok=True)
+    return subprocess.Popen(arguments, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder), "TMPDIR": str(long)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_two_commands_on_one_store_share_its_runs(tree):
+    folder, arguments = tree(KILLED.replace("steps: 150", "steps: 40").replace("{ep: }", "{a: , b: , c: , d: }"))
+    both = [start(folder, arguments) for _ in range(2)]
+    try:
+        said = [one.communicate(timeout=240) for one in both]
+    finally:
+        for one in both:
+            if one.poll() is None:
+                os.killpg(one.pid, signal.SIGKILL)
+    assert [one.returncode for one in both] == [0, 0], said
+    assert sum(out.count(": done (") for out, _ in said) == 4  # each run by one of them
+    machines = [json.loads(path.read_text()) for path in (folder / "results").rglob("machine.json")]
+    assert [machine["sessions"] for machine in machines] == [1] * 4
+    assert {run.config.arm for run in Store("x", folder).recorded("tiny")} == set("abcd")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_no_other_run_and_its_own_is_tried_once_more(tree):
+    dying = """
+import os, pathlib, signal
+step = eplib.training.Trainer._step
+def dies(trainer):
+    step(trainer)
+    marker = pathlib.Path("once")
+    if trainer.progress.step == 9 and trainer.config.arm == "always":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if trainer.progress.step == 9 and trainer.config.arm == "once" and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+eplib.training.Trainer._step = dies
+"""
+    folder, arguments = tree(KILLED.replace("steps: 150", "steps: 40").replace("{ep: }", "{fine: , once: , always: }"), dying)
+    one = start(folder, arguments)
+    try:
+        out, err = one.communicate(timeout=240)
+    finally:
+        if one.poll() is None:
+            os.killpg(one.pid, signal.SIGKILL)
+    assert one.returncode == 1, (out, err)
+    assert {run.config.arm for run in Store("x", folder).recorded("tiny")} == {"fine", "once"}
+    assert err.count("its worker was killed (") == 2 and "failed: tiny/always-lr0.003-seed0: its worker was killed twice" in err
+    sessions = {path.parent.name.split("-")[0]: json.loads(path.read_text())["sessions"]
+                for path in (folder / "results").rglob("machine.json")}
+    assert sessions == {"fine": 1, "once": 2} and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments, read", [(["pipelines.train", "--profile", "paper", "--list"], 1),
+                                             (["pipelines.smoke", "--help"], 0)])
+def test_a_reader_who_has_seen_enough_gets_no_traceback(arguments, read):
+    one = subprocess.Popen([sys.executable, "-m", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    for _ in range(read):
+        one.stdout.readline()
+    one.stdout.close()
+    error = one.stderr.read()
+    assert one.wait(60) in (0, 128 + signal.SIGPIPE) and error == ""
