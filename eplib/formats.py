@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def to_csv(rows: list[dict]) -> bytes:
-    """Rows under the union of their keys, in the order of appearance; floats with nine digits, what a row lacks is empty."""
+def to_csv(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows (gone through twice) under the union of their keys, in the order of appearance; floats with nine digits, what a row lacks is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy
 import torch
@@ -15,7 +16,7 @@ from .diagnostics import agreement, without_readout
 from .estimators import BPTT, DyadicEP, gradient
 from .files import write_atomically
 from .formats import columns, to_json
-from .models import EquilibriumModel
+from .models import EquilibriumModel, LanguageModel
 from .provenance import source_digest
 from .solvers import Anderson, Relaxation
 from .training import RunConfig, TextTask, build_model, build_task
@@ -93,8 +94,8 @@ class Run:
         task = build_task(self.config, root)
         if not isinstance(task, TextTask):
             raise ValueError(f"{self.config.name} was trained on images, and only a text can be continued")
-        ids = self.model(step, root).generate(task.encode(prompt), tokens, self.config.solver, temperature,
-                                              torch.Generator().manual_seed(seed))
+        model = cast(LanguageModel, self.model(step, root))
+        ids = model.generate(task.encode(prompt), tokens, self.config.solver, temperature, torch.Generator().manual_seed(seed))
         return task.text.decode(ids.tolist())
 
     @property
@@ -119,7 +120,7 @@ class Run:
         for count in steps:
             found = gradient(model, *batch, estimator=BPTT(steps=count), solver=Relaxation(step=step))
             if found.grads is None or exact.grads is None:
-                raise ValueError(f"{self.config.name}: a phase diverged at the last weights, so there is no gradient to compare")
+                raise ValueError(f"{self.config.name}: a phase diverged at the last weights, so no gradient can be compared")
             agreed = agreement(without_readout(found.grads), without_readout(exact.grads))["total"]
             rows.append({"steps": count, "residual": found.free.residual.max().item(), "cosine": agreed.cosine,
                          "ratio": agreed.ratio, "settled": exact.free.residual.max().item()})
