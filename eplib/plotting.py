@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -82,13 +83,19 @@ def label(method: str) -> str:
     return _method(method)[0]
 
 
+def together(values: Mapping[str, Any]) -> dict[Any, str]:
+    """The methods that share a value, as tables' notes name them: value -> their labels."""
+    methods: dict[Any, list[str]] = {}
+    for method, value in values.items():
+        methods.setdefault(value, []).append(label(method))
+    return {value: " / ".join(labels) for value, labels in methods.items()}
+
+
 def rates_tried(rates: Mapping[str, Iterable[float]]) -> str:
     """A table's note on the learning rates that each method was trained at, those with the same ones together."""
-    together: dict[str, list[str]] = {}
-    for method, values in rates.items():
-        together.setdefault(", ".join(f"{value:g}" for value in sorted(set(values))), []).append(label(method))
-    return "; ".join(f"learning rates tried: {values} ({' / '.join(methods) if len(together) > 1 else 'every arm'})"
-                     for values, methods in together.items())
+    tried = together({method: ", ".join(f"{value:g}" for value in sorted(set(values))) for method, values in rates.items()})
+    return "; ".join(f"learning rates tried: {values} ({methods if len(tried) > 1 else 'every arm'})"
+                     for values, methods in tried.items())
 
 
 def colour(method: str) -> str:

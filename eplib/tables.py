@@ -14,18 +14,63 @@ from . import plotting
 from .comparisons import compare, differences
 from .records import CONVERGED
 from .runs import Run
+from .training import EXCURSION
 
 SETTLED_NOTE = "settled: of the validation samples, in percent; where it was not measured, what their residuals imply (≥, <, ?)"
 ENOUGH = 0.99  # share of the validation samples that must settle before a loss enters a difference
 USABLE = ("converged", "max_steps")  # a phase that ended otherwise gave no gradient
 
 
+def of_today(run: Run) -> bool:
+    """Whether a run counted its steps without a gradient itself: then its costs are in one unit, too."""
+    return "without_gradient" in run.metrics
+
+
+def audited_at_its_state(run: Run) -> bool:
+    """Whether the audits of a run compare gradients at the step's own free state: older ones settled anew from the block's start,
+    which ends elsewhere if the step's start was predicted."""
+    return of_today(run) or run.config.start is None
+
+
 def without_gradient(run: Run) -> int:
     """Steps at which the task's gradient was not applied: gated, from a phase that diverged, or not finite."""
-    if "without_gradient" in run.metrics:
+    if of_today(run):
         return run.metrics["without_gradient"]
     log = run.log
     return int(((log["gated"] > 0) | (log["skipped"] > 0) | ~np.isin(log["status"], USABLE)).sum())
+
+
+def force_evaluations(run: Run) -> np.ndarray | None:
+    """Force evaluations of each update step (steps,), in the one unit of `contrast.FORCE`: a backward pass counts as two of each
+    that is in it, the contraction <a, dF/dtheta> as two.
+
+    Older logs counted neither these nor the linearisation at the free state. They are added where the log says that they took
+    place; None for penalties whose own count depends on how many samples they acted on, which it does not say.
+    """
+    log, estimator = run.log, run.config.estimator
+    if of_today(run):
+        return log["force_evaluations"]
+    if any(penalty.kind not in ("ContractionRate", "JacobianNorm", "ResidualPenalty") or getattr(penalty, "probes", 1) > 1
+           or getattr(penalty, "per", "sample") == "token" for penalty in run.config.penalties):
+        return None
+    contracted, probed = np.isin(log["status"], USABLE), np.isfinite(log["rate_probe"])
+    if estimator.kind == "Backprop":
+        missing = 2.0
+    elif estimator.kind == "BPTT":
+        missing = 2.0 * min(estimator.window or estimator.steps, estimator.steps) + probed
+    else:
+        nudged = log["nudged_iterations_max"] > 0  # else the free phase diverged, or there is no nudged phase
+        own = 1 * nudged * (estimator.kind in ("AsymEP", "FlippedCorrection"))  # one more, for the trajectories
+        linear = nudged & (estimator.kind in ("DyadicEP", "ShuffledNudge"))
+        audits = np.isfinite(log["audit_cosine"]) * (4 if estimator.kind == "DyadicEP" else 3)  # AsymEP and DyadicEP once more
+        missing = own + (contracted | probed | linear) + 2 * contracted + audits
+    return log["force_evaluations"] + missing
+
+
+def evaluations_a_step(runs: Iterable[Run]) -> float | None:
+    """Force evaluations of an update step, mean over runs of one arm; None where those of a run are not known in this unit."""
+    means = [None if (spent := force_evaluations(run)) is None else float(spent.mean()) for run in runs]
+    return None if not means or None in means else sum(means) / len(means)
 
 
 def settled(evaluation: Mapping, tol: float) -> tuple[float, float]:
@@ -50,6 +95,20 @@ def settled_as_trained(run: Run) -> tuple[float, float]:
         return settled_cold(run)
     found = run.metrics.get("training_start")
     return settled(found, run.config.solver.tol) if found else (0.0, 1.0)
+
+
+def evaluated_excursions(runs: Iterable[Run]) -> str | None:
+    """Samples of the final evaluations of an arm whose residual is an excursion, as a table prints them; where older runs did
+    not count them, whether there are any."""
+    runs = list(runs)
+    if any(map(_explicit, runs)):
+        return None
+    finals = [run.metrics["final"] for run in runs]
+    if any(final["residual_max"] is None for final in finals):
+        return "?"
+    counts = [final.get("excursions", int(final["residual_max"] > EXCURSION)) for final in finals]
+    exact = all("excursions" in final or final["residual_max"] <= EXCURSION for final in finals)
+    return f"{'' if exact else '≥ '}{sum(counts)}"
 
 
 def at_fixed_point(run: Run, metric: str = "loss") -> float | None:
@@ -100,7 +159,8 @@ def paired(arms: Mapping[str, list[Run]], ours: str, theirs: str, metric: str = 
     both arms settled."""
     both = [run for arm in (ours, theirs) for run in arms.get(arm, ())]
     short = {arm: share for arm in (ours, theirs) if (share := least(map(settled_cold, arms.get(arm, ()))))[0] < ENOUGH}
-    words = ", ".join(f"{plotting.label(arm)} {percent(share)} %" for arm, share in short.items())
+    words = ", ".join(f"{plotting.label(arm)} {f'{shown} %' if (shown := percent(share)) != '?' else 'unknown'}"
+                      for arm, share in short.items())
     return interval(differences(dict(arms), ours, theirs, metric), _lost([run.metrics["final"][metric] for run in both])
                     or (f"samples that settled: {words}" if words else None))
 

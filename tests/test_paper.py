@@ -19,7 +19,7 @@ from pipelines.common import PipelineError
 
 ROOT = common.ROOT
 FIGURES = {
-    "gradients": ["F1", "F2", "F3"],
+    "gradients": ["F1", "F1b", "F2", "F3"],
     "architectures": ["F8d"],
     "mnist": ["F4", "F4b", "F5", "F6", "F6b", "F7"],
     "shakespeare": ["F8", "F8b", "F9"],

@@ -7,18 +7,24 @@ import numpy as np
 import pytest
 
 from eplib import tables
+from eplib.controllers import ContractionRate
+from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, VectorField
 
 
-def run(seed=0, kind="Thick", loss=1.0, metrics=None, log=None, start=None, median=5e-4, largest=1e-3):
+def run(seed=0, kind="Thick", loss=1.0, metrics=None, log=None, start=None, median=5e-4, largest=1e-3, estimator=None,
+        penalties=()):
     """A run as the store gives it, as far as a table reads it; phases to a tolerance of 1e-3."""
-    config = SimpleNamespace(seed=seed, arm="ep", start=start, solver=SimpleNamespace(tol=1e-3),
+    config = SimpleNamespace(seed=seed, arm="ep", start=start, solver=SimpleNamespace(tol=1e-3), estimator=estimator,
+                             penalties=penalties,
                              model=SimpleNamespace(block=SimpleNamespace(kind=kind)))
     final = {"loss": loss, "residual_median": median, "residual_max": largest}
     return SimpleNamespace(config=config, metrics={"final": final} | (metrics or {}), log=log)
 
 
 def log(**columns):
-    return {"gated": np.zeros(4), "skipped": np.zeros(4), "status": np.array(["converged", "max_steps"] * 2)} | columns
+    return {"gated": np.zeros(4), "skipped": np.zeros(4), "status": np.array(["converged", "max_steps"] * 2),
+            "force_evaluations": np.full(4, 10.0), "rate_probe": np.full(4, np.nan), "audit_cosine": np.full(4, np.nan),
+            "nudged_iterations_max": np.full(4, 3)} | columns
 
 
 @pytest.mark.parametrize(("columns", "steps"), [
@@ -35,6 +41,47 @@ def test_steps_without_a_gradient_are_counted_from_an_older_log_each_once(column
 
 def test_what_a_run_counted_itself_is_not_counted_again():
     assert tables.without_gradient(run(metrics={"without_gradient": 7})) == 7
+
+
+PROBED = np.array([0.9, np.nan, 0.9, np.nan])  # a penalty that acts at every other step
+
+
+@pytest.mark.parametrize(("estimator", "columns", "spent"), [
+    (Backprop(), {"force_evaluations": np.ones(4)}, [3, 3, 3, 3]),
+    (BPTT(steps=32), {"force_evaluations": np.full(4, 32.0)}, [96] * 4),
+    (BPTT(steps=32, window=8), {"force_evaluations": np.full(4, 32.0)}, [48] * 4),
+    (BPTT(steps=32), {"force_evaluations": 32 + 11 * np.isfinite(PROBED), "rate_probe": PROBED}, [108, 96, 108, 96]),
+    # J at z*, by which the response is solved, and the contraction; the former also where the adjoint phase diverged
+    (DyadicEP(), {"status": np.array(["converged", "diverged", "max_steps", "diverged"]),
+                  "nudged_iterations_max": np.array([3, 3, 3, 0])}, [13, 11, 13, 10]),
+    (AsymEP(), {"status": np.array(["converged", "diverged", "max_steps", "diverged"]),
+                "nudged_iterations_max": np.array([3, 3, 3, 0])}, [14, 11, 14, 10]),
+    (VectorField(), {}, [13] * 4),
+    (DyadicEP(), {"audit_cosine": np.array([np.nan, np.nan, np.nan, 0.99])}, [13, 13, 13, 17]),  # by two trajectories
+    (VectorField(), {"audit_cosine": np.array([np.nan, np.nan, np.nan, 0.99])}, [13, 13, 13, 16]),  # by the linear response
+])
+def test_an_older_log_is_brought_to_the_unit_that_counts_backward_passes(estimator, columns, spent):
+    older = run(log=log(**columns), estimator=estimator)
+    assert tables.force_evaluations(older).tolist() == spent
+    assert tables.evaluations_a_step([older, older]) == np.mean(spent)
+
+
+def test_costs_that_an_older_log_does_not_hold_are_left_out():
+    plane = run(log=log(), estimator=DyadicEP(), penalties=(ContractionRate(probes=2),))
+    assert tables.force_evaluations(plane) is None and tables.evaluations_a_step([plane]) is None
+    assert tables.evaluations_a_step([]) is None
+    counted = run(log=log(), estimator=DyadicEP(), penalties=(ContractionRate(probes=2),), metrics={"without_gradient": 0})
+    assert tables.force_evaluations(counted).tolist() == [10] * 4
+
+
+def test_excursions_of_an_evaluation_are_counted_or_bounded():
+    assert tables.evaluated_excursions([run(), run(largest=0.1)]) == "0"
+    assert tables.evaluated_excursions([run(), run(largest=0.11)]) == "≥ 1"
+    counted = run(largest=0.2)
+    counted.metrics["final"]["excursions"] = 4
+    assert tables.evaluated_excursions([run(), counted]) == "4"
+    assert tables.evaluated_excursions([run(largest=None)]) == "?"
+    assert tables.evaluated_excursions([run(kind="Feedforward")]) is None
 
 
 @pytest.mark.parametrize(("evaluation", "share", "shown"), [
