@@ -12,9 +12,9 @@ import numpy as np
 
 from . import plotting
 from .comparisons import compare, differences
+from .evaluation import EXCURSION
 from .records import CONVERGED
 from .runs import Run
-from .training import EXCURSION
 
 SETTLED_NOTE = "settled: of the validation samples, in percent; where it was not measured, what their residuals imply (≥, <, ?)"
 ENOUGH = 0.99  # share of the validation samples that must settle before a loss enters a difference
