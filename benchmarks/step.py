@@ -239,26 +239,29 @@ def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> di
     return worst | extra
 
 
-def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda name: True, bytes_too: bool = True) -> dict:
+def timed(steps: dict[str, Step], batches: list[tuple[Tensor, Tensor]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each step, the steps in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for count in range(rounds + 2):
+        for name, step in steps.items():
+            if count > 1 and count % 4 and seconds[name] and seconds[name][0] > SLOW * statistics.median(seconds["backprop"]):
+                continue
+            began = time.perf_counter()
+            step(*batches[count % len(batches)])
+            if count > 1:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def measure(point: Point, rounds: int = 20) -> dict:
     """Median milliseconds, ratio to backprop, force evaluations, accuracy and peak live bytes of every arm at one point.
 
     The linear response is given with its amortised costs, and apart: `milliseconds` holds the bare step, `penalty` and `refit`
     what each adds when it runs, `amortised` the sum at their cadence.
     """
     horizon = int(point.model.settle(point.batches[0][0], Relaxation(step=STEP, tol=FREE, max_steps=300)).steps.max())
-    steps = {name: step for name, step in arms(point, fastest(), max(1, horizon)).items() if only(name)}
-    truth = converged(point)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for count in range(rounds + 2):
-        batch = point.batches[count % len(point.batches)]
-        for name, step in steps.items():
-            if count > 1 and count % 4 and seconds[name] and seconds[name][0] > SLOW * statistics.median(seconds["backprop"]):
-                continue
-            began = time.perf_counter()
-            step(*batch)
-            if count > 1:
-                seconds[name].append(time.perf_counter() - began)
-    milliseconds = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    steps = arms(point, fastest(), max(1, horizon))
+    truth, milliseconds = converged(point), timed(steps, point.batches, rounds)
     found = {}
     for name, step in steps.items():
         if " + " in name:
@@ -271,13 +274,11 @@ def measure(point: Point, rounds: int = 20, only: Callable[[str], bool] = lambda
             if extra in milliseconds and extra != name:
                 row[part] = milliseconds[extra] - milliseconds[name]
                 row["amortised"] += row[part] / cadence
-        last = step(*point.batches[-1])
+        with LiveBytes() as counter:
+            last = step(*point.batches[0])
+        row["peak_bytes"] = counter.peak
         if isinstance(last, Report):
             row["force_evaluations"] = last.measured["force_evaluations"]
-        if bytes_too:
-            with LiveBytes() as counter:
-                step(*point.batches[0])
-            row["peak_bytes"] = counter.peak
         found[name] = row
     for row in found.values():
         row["ratio"] = row["amortised"] / found["backprop"]["amortised"]

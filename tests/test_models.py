@@ -100,14 +100,17 @@ def test_a_sample_without_a_target_that_counts_has_no_loss_and_no_gradient(estim
         assert torch.allclose(both[0].grads[name], 3 / 4 * value, rtol=1e-5, atol=1e-9), name
 
 
-def test_padding_in_the_compiled_backend_is_that_of_pytorch(compiled_kernel):
+@pytest.mark.parametrize("estimator", [estimators.DyadicEP(), estimators.AsymEP(beta=1e-2), estimators.BPTT(steps=8)],
+                         ids=lambda e: e.kind)
+def test_padding_in_the_compiled_backend_is_that_of_pytorch(compiled_kernel, estimator):
     model, (inputs, targets, _) = language_model(torch.float32), padded()
     targets[3] = IGNORED
-    ours, theirs = (eplib.gradient(model, inputs, targets, backend=backend, estimator=estimators.DyadicEP(),
-                                   solver=Anderson(tol=1e-6), nudged=Anderson(tol=1e-5)) for backend in ("compiled", "torch"))
+    phases = {"solver": Anderson(tol=1e-6)} | ({} if estimator.kind == "BPTT" else {"nudged": Anderson(tol=1e-5)})
+    ours, theirs = (eplib.gradient(model, inputs, targets, backend=backend, estimator=estimator, **phases)
+                    for backend in ("compiled", "torch"))
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     for name, value in theirs.grads.items():
-        assert (ours.grads[name] - value).norm() <= 1e-3 * value.norm() + 1e-9, name
+        assert (ours.grads[name] - value).norm() <= 1e-2 * value.norm() + 1e-9, name
 
 
 def test_the_loss_of_complex_states_is_holomorphic_where_targets_do_not_count():
