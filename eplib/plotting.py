@@ -22,7 +22,7 @@ SMOKE = "smoke profile: proves nothing"
 # notebooks' figures.
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
 # A method keeps its colour and its line through the whole paper.
-Line = str | tuple[int, tuple[int, int]]  # as matplotlib names a dash pattern
+Line = str | tuple[int, tuple[int, ...]]  # as matplotlib names a dash pattern
 METHODS: dict[str, tuple[str, str, Line]] = {
     "backprop": ("backprop", "#262626", "-"),
     "backprop_thin": ("backprop, as small as Thin", "#262626", ":"),
@@ -138,7 +138,7 @@ def style() -> None:
 
 
 def figure(
-    width: str = "column", height: float = 2.4, rows: int = 1, columns: int = 1, **options: object
+    width: str = "column", height: float = 2.4, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """A figure of one column (3.4 in) or the full width (7 in), `height` in inches, and its axes as a flat array.
 

@@ -27,8 +27,8 @@ def of_today(run: Run) -> bool:
 
 
 def audited_at_its_state(run: Run) -> bool:
-    """Whether the audits of a run compare gradients at the step's own free state: older ones settled anew from the block's start,
-    which ends elsewhere if the step's start was predicted."""
+    """Whether the audits of a run compare gradients at the step's own free state: older ones settled anew from the block's
+    start, which ends elsewhere if the step's start was predicted."""
     return of_today(run) or run.config.start is None
 
 
@@ -41,8 +41,8 @@ def without_gradient(run: Run) -> int:
 
 
 def force_evaluations(run: Run) -> np.ndarray | None:
-    """Force evaluations of each update step (steps,), in the one unit of `contrast.FORCE`: a backward pass counts as two of each
-    that is in it, the contraction <a, dF/dtheta> as two.
+    """Force evaluations of each update step (steps,), in one unit: a backward pass counts as two of each that is in it, the
+    contraction <a, dF/dtheta> as two.
 
     Older logs counted neither these nor the linearisation at the free state. They are added where the log says that they took
     place; None for penalties whose own count depends on how many samples they acted on, which it does not say.
@@ -69,8 +69,9 @@ def force_evaluations(run: Run) -> np.ndarray | None:
 
 def evaluations_a_step(runs: Iterable[Run]) -> float | None:
     """Force evaluations of an update step, mean over runs of one arm; None where those of a run are not known in this unit."""
-    means = [None if (spent := force_evaluations(run)) is None else float(spent.mean()) for run in runs]
-    return None if not means or None in means else sum(means) / len(means)
+    logs = [force_evaluations(run) for run in runs]
+    means = [float(spent.mean()) for spent in logs if spent is not None]
+    return sum(means) / len(means) if logs and len(means) == len(logs) else None
 
 
 def settled(evaluation: Mapping, tol: float) -> tuple[float, float]:

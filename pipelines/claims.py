@@ -127,7 +127,7 @@ def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
         return UNDECIDED, found["undecided"]
     if not claim.get("seeds"):
         return by_value(claim["holds"], shown), ""
-    if not several or "n" not in found:
+    if not several or not {"n", "low", "high"} <= found.keys():
         return UNDECIDED, "no interval over seeds"
     if found["n"] < FEWEST:
         return UNDECIDED, f"n = {found['n']}"
