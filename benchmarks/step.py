@@ -283,8 +283,8 @@ def measure(point: Point, rounds: int = 20) -> dict:
     for row in found.values():
         row["ratio"] = row["amortised"] / found["backprop"]["amortised"]
     solution = point.model.settle(point.batches[0][0], Anderson(step=STEP, max_steps=100, tol=1e-5))
-    rates = contraction_rate(point.model, point.batches[0][0], solution.value, 0.5)
-    return {"arms": found, "rate_arnoldi": rates.max().item(), "horizon": horizon}
+    rates = contraction_rate(point.model, point.batches[0][0], solution.value, STEP)
+    return {"arms": found, "rate_arnoldi": rates.max().item(), "rate_step": STEP, "horizon": horizon}
 
 
 def generation(point: Point, tokens: int = 40) -> dict:
@@ -325,8 +325,8 @@ def compiled_backprop(point: Point, rounds: int = 20) -> dict:
 def table(results: dict) -> str:
     lines = []
     for point, found in results.items():
-        lines.append(f"{point}: rate_arnoldi at step 0.5 {found['rate_arnoldi']:.3f}; {found['horizon']} Euler steps to "
-                     f"{FREE:g}")
+        lines.append(f"{point}: rate_arnoldi at step {found['rate_step']:g} {found['rate_arnoldi']:.3f}; {found['horizon']} Euler "
+                     f"steps to {FREE:g}")
         for name, row in found["arms"].items():
             lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x {row.get('force_evaluations', '-'):>6} F"
                          + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint "
