@@ -24,7 +24,7 @@ FIGURES = {
     "mnist": ["F4", "F4b", "F5", "F6", "F6b", "F7"],
     "shakespeare": ["F8", "F8b", "F9"],
     "campaign": ["F10", "X1"],
-    "stability": ["F12", "F13", "F13b", "F14"],
+    "stability": ["F12", "F12b", "F13", "F13b", "F14"],
     "cost": ["F15"],
     "machine": ["F8c", "F16"],
 }
@@ -34,7 +34,7 @@ TABLES = {
     "mnist": ["T2", "T2b", "T2c", "T3", "T3b"],
     "shakespeare": ["T4", "T4b", "T4c", "T4d"],
     "campaign": ["T6", "X1"],
-    "stability": ["T7", "T7b", "T7c"],
+    "stability": ["T7", "T7b", "T7c", "T7d"],
     "cost": ["T8", "T8_times"],
 }
 
