@@ -332,6 +332,125 @@ def test_it_refuses_what_it_does_not_compute():
         model.settle(torch.zeros(1, 8, dtype=torch.long), Relaxation(), backend="fast")
 
 
+class Shifted(blocks.EquilibriumBlock):
+    def forward(self, z, x):
+        return super().forward(z, x) + 0.1
+
+
+class FromZero(blocks.EquilibriumBlock):
+    def start(self, x):
+        return torch.zeros_like(x)
+
+
+def with_class(kind):
+    return lambda block: setattr(block, "__class__", kind)
+
+
+def widened(block):
+    block.layers.w1, block.layers.w2 = torch.nn.Linear(32, 40, bias=False), torch.nn.Linear(40, 32, bias=False)
+
+
+@pytest.mark.parametrize(("alter", "reason"), [
+    (with_class(Shifted), "Shifted has its own forward"), (with_class(FromZero), "its own start"),
+    (lambda block: setattr(block, "forward", lambda z, x: x - z), "its forward is replaced"),
+    (lambda block: setattr(block.layers, "network", torch.tanh), "layers.network is replaced"),
+    (lambda block: block.register_forward_hook(lambda *rest: None), "it has hooks"),
+    (lambda block: block.layers.qkv.register_forward_pre_hook(lambda *rest: None), "layers.qkv has hooks"),
+    (lambda block: block.layers.wo.weight.register_hook(lambda grad: 2 * grad), "layers.wo.weight is hooked"),
+    (lambda block: torch.nn.utils.parametrizations.weight_norm(block.layers.w1), "layers.w1 is a ParametrizedLinear"),
+    (lambda block: setattr(block.layers, "w1", torch.nn.Linear(32, 128)), "layers.w1 holds weight, bias instead of weight"),
+    (lambda block: setattr(block.layers, "ln1", torch.nn.LayerNorm(32, eps=0.1)), "eps 0.1"),
+    (lambda block: setattr(block, "damping", torch.tensor(0.5)), "damping is a Tensor"), (widened, "hidden units")])
+def test_a_block_that_was_altered_is_refused_with_the_reason(alter, reason):
+    model = models.LanguageModel(vocab=5, width=32, heads=4, context=8, block=blocks.Thick())
+    alter(model.block)
+    with pytest.raises(kernels.KernelError, match=reason):
+        model.settle(torch.zeros(1, 8, dtype=torch.long), Relaxation(), backend="compiled")
+
+
+def test_what_torch_compiles_is_the_same_block_to_the_kernel_and_frozen_weights_get_no_gradient():
+    torch.manual_seed(0)
+    model = models.LanguageModel(vocab=11, width=32, heads=4, context=12, block=blocks.Thick(init=0.6))
+    model.block.layers.ln2.weight = model.block.layers.ln1.weight  # shared
+    model.block.layers.wo.requires_grad_(False)
+    inputs = torch.randint(11, (4, 12))
+    solver = Anderson(step=0.7, tol=1e-6)
+    ours, theirs = (eplib.gradient(model, inputs, inputs.roll(-1, 1), estimator=estimators.DyadicEP(), solver=solver,
+                                   backend=backend).grads for backend in ("compiled", "torch"))
+    assert "block.layers.wo.weight" not in ours and "block.layers.ln2.weight" not in ours and set(ours) == set(theirs)
+    assert all(close(ours[name], theirs[name], 1e-3) for name in ours)
+    state = model.settle(inputs, solver, backend="compiled").value
+    model.block = torch.compile(model.block, backend="eager")
+    assert torch.equal(model.settle(inputs, solver, backend="compiled").value, state)
+
+
+def test_a_kernel_is_of_the_weights_that_it_was_made_of():
+    block, x = system()
+    for change in (lambda w: w.mul_(1.1), lambda w: setattr(block.layers.w1, "weight", torch.nn.Parameter(w.clone()))):
+        with torch.no_grad():
+            compiled = kernels.CompiledBlock(block)
+            jacobian = compiled.linearise(x, x)
+            change(block.layers.w1.weight)
+            for use in (lambda: compiled(x, x), lambda: Relaxation().settle(compiled, x), lambda: jacobian.product(x),
+                        lambda: jacobian.transposed(x), lambda: jacobian.contract(x), lambda: compiled.linearise(x, x)):
+                with pytest.raises(kernels.KernelError, match="weights have changed"):
+                    use()
+
+
+def test_what_is_kept_of_the_free_state_is_not_taken_for_that_of_another():
+    """Of a state or a clamp that was written to, or that only begins at the same address."""
+    block, x = system(width=16, tokens=16, batch=16)
+    solver = Substitution(tol=1e-4)
+    with torch.no_grad():
+        for change in (lambda z, x: (z.mul_(0.5), x), lambda z, x: (z, x.mul_(0.5)), lambda z, x: (z.mT, x),
+                       lambda z, x: (z.transpose(0, 1), x), lambda z, x: (z, x.transpose(0, 1)),
+                       lambda z, x: (z, x[:1].expand_as(x)), lambda z, x: (z, x[:1])):
+            compiled, own = kernels.CompiledBlock(block), x.clone()
+            z, drive = change(solver.settle(compiled, own).value, own)
+            fresh = kernels.CompiledBlock(block)
+            assert torch.equal(compiled(z, drive), fresh(z, drive)) and close(compiled(z, drive), block(z, drive))
+            assert close(compiled.linearise(z, drive).product(x), block.linearise(z, drive).product(x), 1e-5)
+        jacobian = compiled.linearise(x, x)
+        a = solver.adjoint(jacobian, x, norm(x)).value
+        a.mul_(-2)
+        assert close(jacobian.contract(a)[0]["layers.w1.weight"], block.linearise(x, x).contract(a)[0]["layers.w1.weight"], 1e-5)
+
+
+def test_a_phase_that_diverged_leaves_no_force_behind():
+    block, x = system()
+    x[1, 2, 3] = torch.nan
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        found = Substitution(step=0.7, max_steps=20, tol=1e-4).settle(compiled, x)
+        assert found.status is Status.NONFINITE and compiled.settled is None
+
+
+@pytest.mark.parametrize(("state", "clamp"), [((3, 13, 32), (1, 13, 32)), ((3, 2, 13, 32), (3, 1, 13, 32)),
+                                              ((3, 2, 13, 32), (1, 2, 13, 32)), ((3, 2, 13, 32), (13, 32)),
+                                              ((1, 13, 32), (1, 13, 32)), ((2, 3, 13, 32), (3, 13, 32))])
+def test_a_clamp_is_shared_as_pytorch_broadcasts_it(state, clamp):
+    block, _ = system()
+    z, x = torch.randn(state), torch.randn(clamp)
+    with torch.no_grad():
+        assert close(kernels.CompiledBlock(block)(z, x), block(z, x))
+
+
+def test_shapes_that_the_kernel_would_misread_are_refused():
+    block, x = system()
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        jacobian = compiled.linearise(x, x)
+        for use in (lambda: compiled(x[..., :16], x[..., :16]), lambda: compiled(x, x[:, :5]),
+                    lambda: Relaxation().settle(compiled, x, x[:2]), lambda: Relaxation().settle(compiled, x, x[:, :5])):
+            with pytest.raises(kernels.KernelError, match="are to be"):
+                use()
+        pair = torch.stack([x, x])  # (2, B, T, C)
+        for use, v in ((jacobian.product, x[:, :5]), (jacobian.product, x[:2]), (jacobian.transposed, pair),
+                       (jacobian.contract, torch.stack([x, x], 1))):
+            with pytest.raises(kernels.KernelError, match="does not fit J at states"):
+                use(v)
+
+
 def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "path", lambda: tmp_path / "build" / "thick-0.so")
     monkeypatch.setattr(kernels, "compiler", lambda: None)

@@ -185,7 +185,7 @@ class CompiledBlock:
         if _weights(self.block.layers)[1] != self.written:
             raise KernelError("the block's weights have changed since the kernel took them; ask the model for its dynamics again")
         for z in states:
-            if z.dim() < 3 or z.shape[-1] != self.width or z.shape[-2:] != states[0].shape[-2:]:
+            if z.dim() < 2 or z.shape[-1] != self.width or z.shape[-2:] != states[0].shape[-2:]:
                 raise KernelError(f"states and clamps are to be (..., T, {self.width}), got "
                                   f"{', '.join(str(tuple(one.shape)) for one in states)}")
 
