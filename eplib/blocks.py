@@ -26,8 +26,26 @@ import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor, nn
 
-from .calculus import AttentionSlope, AutomaticSlope, Derivative, Memory, ParallelSlope, Prefix, SequentialSlope, Sublayers, \
-    ThinSlope, attend, attention_weights, dividing, features, gelu, merge_heads, split_heads, standardise, standardise_slope
+from .calculus import (
+    AttentionSlope,
+    AutomaticSlope,
+    Derivative,
+    Memory,
+    ParallelSlope,
+    Prefix,
+    SequentialSlope,
+    Sublayers,
+    ThinSlope,
+    attend,
+    attention_weights,
+    dividing,
+    features,
+    gelu,
+    merge_heads,
+    split_heads,
+    standardise,
+    standardise_slope,
+)
 from .config import configuration
 from .intact import alteration
 
@@ -38,8 +56,12 @@ class Dynamical(nn.Module):
     """A block that relaxes from its clamped input: what the equilibrium blocks share."""
 
     explicit = False  # whether the start state is the answer
-    holomorphic = False  # whether the force takes complex states
     damping = 0.0  # c of the term -c z
+
+    @property
+    def holomorphic(self) -> bool:
+        """Whether the force takes complex states, as its holomorphic extension."""
+        return False
 
     def drive(self, x: Tensor) -> Tensor:
         return x
@@ -67,8 +89,8 @@ class Dynamical(nn.Module):
 
 
 class Jacobian(Derivative):
-    """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights' names
-    in the block; causal: whether a token's force depends on those before it only."""
+    """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights'
+    names in the block; causal: whether a token's force depends on those before it only."""
 
     def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, decay: float, owner: str, causal: bool):
         super().__init__(z, x)
@@ -102,7 +124,7 @@ class EquilibriumBlock(Dynamical):
 
     @property
     def holomorphic(self) -> bool:
-        """Whether the force takes complex states: elu is no holomorphic function, and what altered the block may not be one."""
+        """elu is no holomorphic function, and what altered the block may not be one."""
         return self.altered() is None and not self.layers.linear
 
     def altered(self) -> str | None:

@@ -109,7 +109,7 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (..., H, T, D): `attention_weights` times v, fused where that is faster."""
-    if q.is_complex() or q.dtype is torch.bfloat16 and q.device.type == "cpu":  # in bfloat16 it takes longer on a CPU
+    if q.is_complex() or (q.dtype is torch.bfloat16 and q.device.type == "cpu"):  # in bfloat16 it takes longer on a CPU
         return attention_weights(q, k, causal) @ v
     return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
@@ -434,8 +434,8 @@ class ParallelSlope:
 
     def __init__(self, layers: Sublayers, z: Tensor):
         self.n, self.inverse = standardise(z)
-        self.branches = Normalised(attention_slope(layers), layers, "ln1", self.n), Normalised(NetworkSlope, layers, "ln2", self.n)
-        self.attention = self.branches[0].branch
+        first = Normalised(attention_slope(layers), layers, "ln1", self.n)
+        self.branches, self.attention = (first, Normalised(NetworkSlope, layers, "ln2", self.n)), first.branch
 
     def product(self, v: Tensor) -> Tensor:
         dn = standardise_slope(v, self.n, self.inverse)
@@ -545,8 +545,8 @@ def _backward(value: Tensor, to: list[Tensor], u: Tensor, keep: bool) -> tuple[T
 class AutomaticSlope(Derivative):
     """J of any block by automatic differentiation, where none by hand fits.
 
-    Two graphs are kept: of F, through which a product with J^T is one backward pass, and of J^T u, through which, as it is linear
-    in u, a product with J is one too.
+    Two graphs are kept: of F, through which a product with J^T is one backward pass, and of J^T u, which is linear in u, so that
+    a product with J is one too.
     """
 
     def __init__(self, block: nn.Module, z: Tensor, x: Tensor):

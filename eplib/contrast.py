@@ -4,7 +4,7 @@ A nudged phase relaxes states z_k under F - beta_k g - correction, all trajector
 them into the adjoint state a = -dz/dbeta at beta = 0. `estimators` says which nudges, weights and correction.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -62,8 +62,8 @@ class Problem:
             losses = self.model.loss(self.model.block.output(flat), targets)
             slope, = torch.autograd.grad(losses, flat, torch.ones_like(losses))
         if z.is_complex() and not losses.is_complex():
-            raise TypeError(f"{type(self.model).__name__}'s loss is real for complex states: it has no holomorphic extension; use "
-                            "a real nudge")
+            raise TypeError(f"the loss of {type(self.model).__name__} is real for complex states: it has no holomorphic "
+                            "extension; use a real nudge")
         return slope.conj().resolve_conj().view_as(z)  # torch gives the conjugate of a holomorphic function's derivative
 
     @cached_property
@@ -103,8 +103,8 @@ class Problem:
                 plain = bare(self.dynamics)(away, self.x)
             apart = norm(self.force(away) - plain) / norm(away)
             if apart.max() > torch.finfo(self.state.dtype).eps ** 0.5:
-                raise TypeError(f"what torch.compile made of {self._kind} computes another force than the block (they differ by "
-                                f"{apart.max():.1e} of the state's norm); register hooks on the block first, then compile it")
+                raise TypeError(f"what torch.compile made of {self._kind} computes another force than the block, "
+                                f"{apart.max():.1e} of the state's norm apart; register hooks on the block, then compile it")
         return self.linearise(self.state)
 
     def named(self, block: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ class Problem:
         return found
 
     def gradient(self, block: dict[str, Tensor], into: Tensor) -> dict[str, Tensor]:
-        """The mean loss's gradient in every parameter that requires one, from what reaches it through the dynamics and directly.
+        """The mean loss's gradient in every parameter that requires one, through the dynamics and directly.
 
         block: its sums over the batch in the block's weights, which is emptied: no second copy of the size of the weights. into
         (B, T, C): the same for the clamp x of each sample. Only what leads to x and from h to the loss, embeddings and readout,
@@ -135,8 +135,8 @@ class Problem:
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         moved = self.named(block)
         with torch.enable_grad():
-            x = model.clamp(self.inputs)
-            clamped = torch.autograd.grad((into * x).sum(), list(trained.values()), allow_unused=True) if x.requires_grad else ()
+            x, weights = model.clamp(self.inputs), list(trained.values())
+            clamped = torch.autograd.grad((into * x).sum(), weights, allow_unused=True) if x.requires_grad else ()
         through = {name: value for name, value in zip(trained, clamped, strict=False) if value is not None}
         self._check(trained, moved.keys() | through.keys())
         grads: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ class Problem:
             grads[name] = sum(parts[1:], parts[0]) if parts else torch.zeros_like(value)
         return grads
 
-    def _check(self, trained: dict[str, Tensor], reached: set[str]) -> None:
+    def _check(self, trained: Mapping[str, Tensor], reached: set[str]) -> None:
         """That the force depends on none of the block's trained parameters that were not reached, decided by autograd."""
         inside = {id(value) for value in self.model.block.parameters()}
         left = {name: value for name, value in trained.items() if id(value) in inside and name not in reached}

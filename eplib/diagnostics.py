@@ -66,9 +66,10 @@ def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
     """
     unlike = sorted(name for name in gradient.keys() | reference.keys()
                     if name not in gradient or name not in reference or gradient[name].shape != reference[name].shape)
-    if unlike or not gradient:
-        raise ValueError(f"the gradient and the reference do not have the same parameters, or shapes: {', '.join(unlike)}" if unlike
-                         else "two gradients without parameters have no agreement; compare those of a model's parameters")
+    if unlike:
+        raise ValueError(f"the gradient and the reference do not have the same parameters, or shapes: {', '.join(unlike)}")
+    if not gradient:
+        raise ValueError("two gradients without parameters have no agreement; compare those of a model's parameters")
     ours, theirs = groups(gradient), groups(reference)
     ours["total"], theirs["total"] = torch.cat(list(ours.values())), torch.cat(list(theirs.values()))
     found = {}
@@ -124,7 +125,7 @@ def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]],
     diverged counts as NaN. Raises ValueError for fewer batches.
     """
     if len(batches) < 2:
-        raise ValueError(f"gradients are compared with themselves on another batch, got {len(batches)} of them; give two or more")
+        raise ValueError(f"gradients are compared from batch to batch, got {len(batches)} of them; give two or more")
 
     def flat(kind: Estimator, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
         report = gradient(model, inputs, targets, estimator=kind, solver=solver,
@@ -298,8 +299,8 @@ def attention_distance(jacobian: Any) -> Tensor:
     Raises TypeError for a derivative without attention weights of its own: that of a stack or an automatic one.
     """
     if not isinstance(jacobian, Jacobian):
-        raise TypeError(f"{type(jacobian).__name__} holds no attention weights; attention_distance is for the derivative by hand of "
-                        "blocks.Thick, Attractor, Thin and LinearAttention")
+        raise TypeError(f"{type(jacobian).__name__} holds no attention weights; attention_distance is for the derivative by hand "
+                        "of blocks.Thick, Attractor, Thin and LinearAttention")
     weights = jacobian.attention.weights  # (B, H, T, T)
     places = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
     return (weights * (places[:, None] - places).abs()).sum(-1).mean((-2, -1))
@@ -311,8 +312,8 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
 
     residual: of the free phase, the largest. abscissa: largest real part of the eigenvalues of J, and frequency: the imaginary
     part of that eigenvalue; rate_arnoldi: spectral radius of I + step J; both exact and over all tokens where J has blocks of
-    single tokens (`calculus.Derivative.by_token`), else by Arnoldi. numerical_abscissa, transient_growth (the largest over 1 .. 16 steps of `step`),
-    asymmetry_radius (rho(S^-1 A)) and its residual, asymmetry ||J a - J^T a|| / ||J a|| along the adjoint state, cosine of
+    single tokens (`calculus.Derivative.by_token`), else by Arnoldi. numerical_abscissa, transient_growth (the largest over 1 ..
+    16 steps of `step`), asymmetry_radius (rho(S^-1 A)) and its residual, asymmetry ||J a - J^T a|| / ||J a|| along the adjoint state, cosine of
     uncorrected EP's gradient with the exact one over block and embeddings, attention_distance in tokens. Every number is the
     worst of the batch; cosine and distance are of the batch as a whole. NaN where the free phase diverged, and for what the
     block does not have: attention_distance without the derivative by hand of one attention layer, the radius and its residual

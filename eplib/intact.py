@@ -5,6 +5,7 @@ the user's own would be passed over in silence.
 """
 
 from numbers import Real
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -13,8 +14,9 @@ from .calculus import EPS, Memory, Sublayers
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 FORCE = ("__call__", "forward", "_inputs")  # the methods of a block that make its force
-WEIGHTS = {nn.Linear: {"weight"}, nn.LayerNorm: {"weight", "bias"}, Memory: {"weight"}, Sublayers: set()}
-INSIDE = {Sublayers: {"ln1": nn.LayerNorm, "ln2": nn.LayerNorm} | dict.fromkeys(("qkv", "wo", "w1", "w2"), nn.Linear)}
+WEIGHTS: dict[type, set[str]] = {nn.Linear: {"weight"}, nn.LayerNorm: {"weight", "bias"}, Memory: {"weight"}, Sublayers: set()}
+INSIDE: dict[type, dict[str, type]] = {
+    Sublayers: {"ln1": nn.LayerNorm, "ln2": nn.LayerNorm} | dict.fromkeys(("qkv", "wo", "w1", "w2"), nn.Linear)}
 
 
 def alteration(block: nn.Module, written: type, parts: dict[str, type]) -> str | None:
@@ -45,9 +47,10 @@ def _hooked(module: nn.Module) -> bool:
 def _of_part(block: nn.Module, path: str, kind: type) -> str | None:
     """How the module at the path is not a `kind` as its constructor made it, weights aside."""
     *above, name = path.split(".")
-    part = getattr(block.get_submodule(".".join(above)), name, None)
-    if type(part) is not kind:
-        return f"{path} is a {type(part).__name__}, not a {kind.__name__}"
+    part: Any = getattr(block.get_submodule(".".join(above)), name, None)
+    made = type(part)
+    if made is not kind:
+        return f"{path} is a {made.__name__}, not a {kind.__name__}"
     if _hooked(part):
         return f"{path} has hooks"
     replaced = [name for name in vars(part) if callable(getattr(kind, name, None))]
@@ -66,7 +69,7 @@ def _of_part(block: nn.Module, path: str, kind: type) -> str | None:
     return next(filter(None, (_of_part(block, f"{path}.{name}", inner) for name, inner in INSIDE.get(kind, {}).items())), None)
 
 
-def bare(block: nn.Module) -> nn.Module:
+def bare(block: Any) -> Any:
     """The block that torch.compile wraps, or the block itself."""
     while isinstance(block, nn.Module) and "_orig_mod" in block._modules:
         block = block._orig_mod

@@ -50,7 +50,7 @@ def test_gradients_of_different_parameters_have_no_agreement():
     one, other = {"block.a": torch.ones(2), "inflow": torch.ones(2)}, {"block.a": torch.ones(2), "b": torch.ones(2)}
     with pytest.raises(ValueError, match="same parameters, or shapes: b, inflow"):
         diagnostics.agreement(one, other)
-    with pytest.raises(ValueError, match="shapes: block.a"):
+    with pytest.raises(ValueError, match="shapes: block"):
         diagnostics.agreement({"block.a": torch.ones(2)}, {"block.a": torch.ones(3)})
     with pytest.raises(ValueError, match="without parameters"):
         diagnostics.agreement({}, {})
@@ -98,13 +98,13 @@ def test_what_a_block_does_not_have_is_refused_by_name():
     for config, kind in ((blocks.Layered(layers=2), "StackJacobian"), (blocks.Energy(), "AutomaticSlope")):
         model, inputs, _ = small(config)
         z = model.block.start(model.clamp(inputs)).detach()
-        with pytest.raises(TypeError, match=f"{kind} holds no attention weights.*Thin"):
+        with pytest.raises(TypeError, match=f"{kind} holds no attention weights"):
             diagnostics.attention_distance(model.block.linearise(z, model.clamp(inputs).detach()))
-    for config, why in ((blocks.Energy(), "EnergyBlock"), (blocks.Layered(), "LayeredBlock"), (blocks.LinearAttention(), "Equi"),
-                        (blocks.Thick(qk_norm=True), "EquilibriumBlock")):
+    for config, why in ((blocks.Energy(), "EnergyBlock"), (blocks.Layered(), "LayeredBlock"),
+                        (blocks.LinearAttention(), "EquilibriumBlock"), (blocks.Thick(qk_norm=True), "EquilibriumBlock")):
         model, inputs, _ = small(config)
         z = model.clamp(inputs).detach()
-        with pytest.raises(TypeError, match=f"Thick without qk_norm.*got {why}"):
+        with pytest.raises(TypeError, match=f"got {why}"):
             diagnostics.singular_radii(model, z, z)
     model, inputs, _ = small(blocks.Thick())
     model.block.layers.w1.register_forward_hook(lambda *rest: None)

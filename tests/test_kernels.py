@@ -391,10 +391,10 @@ def test_a_kernel_is_of_the_weights_that_it_was_made_of():
             compiled = kernels.CompiledBlock(block)
             jacobian = compiled.linearise(x, x)
             change(block.layers.w1.weight)
-            for use in (lambda: compiled(x, x), lambda: Relaxation().settle(compiled, x), lambda: jacobian.product(x),
-                        lambda: jacobian.transposed(x), lambda: jacobian.contract(x), lambda: compiled.linearise(x, x)):
+            for use, arguments in ((compiled, (x, x)), (Relaxation().settle, (compiled, x)), (jacobian.product, (x,)),
+                                   (jacobian.transposed, (x,)), (jacobian.contract, (x,)), (compiled.linearise, (x, x))):
                 with pytest.raises(kernels.KernelError, match="weights have changed"):
-                    use()
+                    use(*arguments)
 
 
 def test_what_is_kept_of_the_free_state_is_not_taken_for_that_of_another():
@@ -413,7 +413,8 @@ def test_what_is_kept_of_the_free_state_is_not_taken_for_that_of_another():
         jacobian = compiled.linearise(x, x)
         a = solver.adjoint(jacobian, x, norm(x)).value
         a.mul_(-2)
-        assert close(jacobian.contract(a)[0]["layers.w1.weight"], block.linearise(x, x).contract(a)[0]["layers.w1.weight"], 1e-5)
+        found, truth = (one.contract(a)[0]["layers.w1.weight"] for one in (jacobian, block.linearise(x, x)))
+        assert close(found, truth, 1e-5)
 
 
 def test_a_phase_that_diverged_leaves_no_force_behind():

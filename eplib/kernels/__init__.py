@@ -62,8 +62,8 @@ def unknown(block: Any) -> str | None:
         return "qk_norm"
     hidden, width = layers.w1.weight.shape
     if width % MULTIPLE or hidden % MULTIPLE or width // layers.heads % HEAD:
-        return f"width and hidden units are to be a multiple of {MULTIPLE}, the width of each head of {HEAD}; they are {width}, " \
-               f"{hidden} and {width // layers.heads}"
+        return f"width and hidden units are to be a multiple of {MULTIPLE}, the width of each head of {HEAD}; they are " \
+               f"{width}, {hidden} and {width // layers.heads}"
     return None
 
 
@@ -172,7 +172,8 @@ class CompiledBlock:
     def __init__(self, block: EquilibriumBlock):
         self.block = block = bare(block)
         if reason := unknown(block):
-            raise KernelError(f"the compiled kernel does not compute this {type(block).__name__}: {reason}. Use backend=\"torch\"")
+            raise KernelError(f"the compiled kernel does not compute this {type(block).__name__}: {reason}. Use "
+                              "backend=\"torch\"")
         self.settled: tuple[_Held, CompiledJacobian, Tensor, _Held] | None = None  # last free state; J, F and clamp there
         self.library, self.width, self.hidden = library(), block.layers.width, block.layers.w1.out_features
         self.weights, self.written = _weights(block.layers)
@@ -183,7 +184,7 @@ class CompiledBlock:
     def check(self, *states: Tensor) -> None:
         """Raises `KernelError` where the weights are others than those that were packed, or states do not fit them."""
         if _weights(self.block.layers)[1] != self.written:
-            raise KernelError("the block's weights have changed since the kernel took them; ask the model for its dynamics again")
+            raise KernelError("the block's weights have changed since the kernel took them; ask for the model's dynamics again")
         for z in states:
             if z.dim() < 2 or z.shape[-1] != self.width or z.shape[-2:] != states[0].shape[-2:]:
                 raise KernelError(f"states and clamps are to be (..., T, {self.width}), got "
@@ -215,7 +216,7 @@ class CompiledBlock:
         scale (N,). Without a scale it is the free phase, whose J and F are then at hand."""
         self.check(start, x)
         if start.shape != x.shape or x.dim() != 3:
-            raise KernelError(f"a start {tuple(start.shape)} under a clamp {tuple(x.shape)}; both are to be (B, T, {self.width})")
+            raise KernelError(f"the start {tuple(start.shape)} and the clamp {tuple(x.shape)} are to be (B, T, {self.width})")
         z, x, outcome = _plain(start).clone(), _plain(x), torch.zeros(x.shape[0], OUTCOME, dtype=torch.int32)
         cache, rest = _Storage(self, z), torch.empty_like(z)
         self.library.eplib_settle(cache.shape, _pointer(self.packed), cache.pointers, _settings(solver, z), z.shape[0],
@@ -279,9 +280,10 @@ class CompiledJacobian:
         """The direction as the kernel takes it, and how many of them a sample has."""
         self.compiled.check()
         samples = v.shape[:-2].numel()
-        if v.shape[-2:] != self.at[-2:] or not _shared(self.at[:-2], v.shape[:-2]) or not (several or samples == self.cache.samples):
-            raise KernelError(f"a direction {tuple(v.shape)} does not fit J at states {tuple(self.at)}; several of a sample are "
-                              "(B, K, T, C), to be contracted one at a time")
+        fits = v.shape[-2:] == self.at[-2:] and _shared(self.at[:-2], v.shape[:-2])
+        if not fits or not (several or samples == self.cache.samples):
+            raise KernelError(f"a direction {tuple(v.shape)} does not fit J at states {tuple(self.at)}; several of a sample "
+                              "are (B, K, T, C), to be contracted one at a time")
         return _plain(v), samples
 
     def product(self, v: Tensor) -> Tensor:
@@ -326,7 +328,7 @@ class CompiledJacobian:
         back = self.solved[1] if self.solved and self.solved[0].holds(u) else self._back(u)[1]
         layers, width = self.compiled.block.layers, self.compiled.width
         back = back.flatten(0, -2)
-        into, sums = self._outer(back, self.cache.n), back.sum(0)  # (3 C + E, C): gradient of the folded weights; and of the bias
+        into, sums = self._outer(back, self.cache.n), back.sum(0)  # (3 C + E, C): of the folded weights; and of the bias
         found = {}
         for norm, layer, part in (("ln1", "qkv", slice(None, 3 * width)), ("ln2", "w1", slice(3 * width, None))):
             weight, gain, bias = getattr(layers, layer).weight, getattr(layers, norm).weight, getattr(layers, norm).bias
