@@ -13,13 +13,13 @@ On a GPU these end with a device-side assertion, as elsewhere in PyTorch; nothin
 import math
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .blocks import Block, Dynamical
+from .blocks import Block, Dynamical, EquilibriumBlock
 from .calculus import EPS, linear, normalise
 from .solvers import Solution, Solver, Status
 
@@ -120,7 +120,7 @@ class EquilibriumModel(nn.Module):
             raise ValueError(f"backend {backend!r} is not one of torch, compiled")
         from .kernels import CompiledBlock  # loads the library
 
-        return CompiledBlock(self.block)
+        return CompiledBlock(cast(EquilibriumBlock, self.block))  # which refuses any other
 
     @torch.no_grad()
     def settle(self, inputs: Tensor, solver: Solver, start: Tensor | None = None, backend: Backend = "torch") -> Solution:
