@@ -32,26 +32,32 @@ def audited_at_its_state(run: Run) -> bool:
     return of_today(run) or run.config.start is None
 
 
-def without_gradient(run: Run) -> int:
-    """Steps at which the task's gradient was not applied: gated, from a phase that diverged, or not finite."""
-    if of_today(run):
-        return run.metrics["without_gradient"]
+def lost_steps(run: Run) -> np.ndarray:
+    """Whether the task's gradient was not applied at a step (steps,): gated, from a phase that diverged, or not finite."""
     log = run.log
-    return int(((log["gated"] > 0) | (log["skipped"] > 0) | ~np.isin(log["status"], USABLE)).sum())
+    if "task_gradient" in log:
+        return log["task_gradient"] == 0
+    return (log["gated"] > 0) | (log["skipped"] > 0) | ~np.isin(log["status"], USABLE)
+
+
+def without_gradient(run: Run) -> int:
+    """The number of `lost_steps`, which newer runs counted themselves."""
+    return run.metrics["without_gradient"] if of_today(run) else int(lost_steps(run).sum())
 
 
 def force_evaluations(run: Run) -> np.ndarray | None:
     """Force evaluations of each update step (steps,), in one unit: a backward pass counts as two of each that is in it, the
     contraction <a, dF/dtheta> as two.
 
-    Older logs counted neither these nor the linearisation at the free state. They are added where the log says that they took
-    place; None for penalties whose own count depends on how many samples they acted on, which it does not say.
+    Older logs counted neither these nor the linearisation at the free state: they are added where the log says that they took
+    place. An audited step, whose entry held the audit as well, counts as the one before it. None for penalties whose own count
+    depends on how many samples they acted on, which the log does not say.
     """
-    log, estimator = run.log, run.config.estimator
+    log, config, estimator = run.log, run.config, run.config.estimator
     if of_today(run):
         return log["force_evaluations"]
     if any(penalty.kind not in ("ContractionRate", "JacobianNorm", "ResidualPenalty") or getattr(penalty, "probes", 1) > 1
-           or getattr(penalty, "per", "sample") == "token" for penalty in run.config.penalties):
+           or getattr(penalty, "per", "sample") == "token" for penalty in config.penalties):
         return None
     contracted, probed = np.isin(log["status"], USABLE), np.isfinite(log["rate_probe"])
     if estimator.kind == "Backprop":
@@ -62,9 +68,12 @@ def force_evaluations(run: Run) -> np.ndarray | None:
         nudged = log["nudged_iterations_max"] > 0  # else the free phase diverged, or there is no nudged phase
         own = 1 * nudged * (estimator.kind in ("AsymEP", "FlippedCorrection"))  # one more, for the trajectories
         linear = nudged & (estimator.kind in ("DyadicEP", "ShuffledNudge"))
-        audits = np.isfinite(log["audit_cosine"]) * (4 if estimator.kind == "DyadicEP" else 3)  # AsymEP and DyadicEP once more
-        missing = own + (contracted | probed | linear) + 2 * contracted + audits
-    return log["force_evaluations"] + missing
+        missing = own + (contracted | probed | linear) + 2 * contracted
+    spent = log["force_evaluations"] + missing
+    if config.audit_every:
+        audited = np.arange(config.audit_every - 1, len(spent), config.audit_every)
+        spent[audited] = spent[audited - 1]
+    return spent
 
 
 def evaluations_a_step(runs: Iterable[Run]) -> float | None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from eplib import tables
 from eplib.controllers import ContractionRate
@@ -12,10 +13,10 @@ from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, VectorField
 
 
 def run(seed=0, kind="Thick", loss=1.0, metrics=None, log=None, start=None, median=5e-4, largest=1e-3, estimator=None,
-        penalties=()):
+        penalties=(), audit_every=None):
     """A run as the store gives it, as far as a table reads it; phases to a tolerance of 1e-3."""
     config = SimpleNamespace(seed=seed, arm="ep", start=start, solver=SimpleNamespace(tol=1e-3), estimator=estimator,
-                             penalties=penalties,
+                             penalties=penalties, audit_every=audit_every,
                              model=SimpleNamespace(block=SimpleNamespace(kind=kind)))
     final = {"loss": loss, "residual_median": median, "residual_max": largest}
     return SimpleNamespace(config=config, metrics={"final": final} | (metrics or {}), log=log)
@@ -41,6 +42,8 @@ def test_steps_without_a_gradient_are_counted_from_an_older_log_each_once(column
 
 def test_what_a_run_counted_itself_is_not_counted_again():
     assert tables.without_gradient(run(metrics={"without_gradient": 7})) == 7
+    newer = run(log=log(task_gradient=np.array([1, 0, 1, 1]), gated=np.array([1, 0, 0, 0])))
+    assert tables.lost_steps(newer).tolist() == [False, True, False, False]
 
 
 PROBED = np.array([0.9, np.nan, 0.9, np.nan])  # a penalty that acts at every other step
@@ -57,13 +60,16 @@ PROBED = np.array([0.9, np.nan, 0.9, np.nan])  # a penalty that acts at every ot
     (AsymEP(), {"status": np.array(["converged", "diverged", "max_steps", "diverged"]),
                 "nudged_iterations_max": np.array([3, 3, 3, 0])}, [14, 11, 14, 10]),
     (VectorField(), {}, [13] * 4),
-    (DyadicEP(), {"audit_cosine": np.array([np.nan, np.nan, np.nan, 0.99])}, [13, 13, 13, 17]),  # by two trajectories
-    (VectorField(), {"audit_cosine": np.array([np.nan, np.nan, np.nan, 0.99])}, [13, 13, 13, 16]),  # by the linear response
 ])
 def test_an_older_log_is_brought_to_the_unit_that_counts_backward_passes(estimator, columns, spent):
     older = run(log=log(**columns), estimator=estimator)
     assert tables.force_evaluations(older).tolist() == spent
     assert tables.evaluations_a_step([older, older]) == np.mean(spent)
+
+
+def test_an_audit_is_no_part_of_a_steps_cost():
+    audited = run(log=log(force_evaluations=np.array([10.0, 60, 12, 70])), estimator=DyadicEP(), audit_every=2)
+    assert tables.force_evaluations(audited).tolist() == [13, 13, 15, 15]
 
 
 def test_costs_that_an_older_log_does_not_hold_are_left_out():
@@ -98,7 +104,6 @@ def test_the_share_that_settled_is_what_was_measured_or_what_the_residuals_imply
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 8])
 def test_what_the_residuals_imply_is_true_of_any_residuals(samples):
-    torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         residual = 10 ** (torch.randn(samples, generator=generator) - 3)
