@@ -4,6 +4,7 @@ Importing this package is cheap: torch is loaded when the first submodule that n
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["gradient", "__version__"]
@@ -14,7 +15,7 @@ _MODULES = ("blocks", "calculus", "comparisons", "controllers", "data", "diagnos
             "spectra", "starts", "tasks", "training")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"eplib.{_LAZY[name]}"), name)
     if name in _MODULES:

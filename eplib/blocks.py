@@ -19,7 +19,8 @@ trajectories run as one batch.
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -143,7 +144,7 @@ class EquilibriumBlock(Dynamical):
 class StackJacobian(Derivative):
     """J of `LayeredBlock`: -1 on the diagonal, each layer's derivative below it."""
 
-    def __init__(self, stack: nn.ModuleList, inputs: Tensor, x: Tensor):
+    def __init__(self, stack: Iterable[Sublayers], inputs: Tensor, x: Tensor):
         super().__init__(inputs, x)
         self.layers = [SequentialSlope(layers, z) for layers, z in zip(stack, inputs.unbind(-3), strict=True)]
 
@@ -174,7 +175,7 @@ class LayeredBlock(Dynamical):
 
     def __init__(self, stack: list[Sublayers]):
         super().__init__()
-        self.stack = nn.ModuleList(stack)
+        self.stack: Any = nn.ModuleList(stack)  # iterated as the sublayers it holds
 
     def start(self, x: Tensor) -> Tensor:
         return torch.stack([x] * len(self.stack), -3)  # (..., T, C) -> (..., L, T, C)
@@ -207,7 +208,7 @@ class FeedforwardBlock(Dynamical):
 
     def __init__(self, stack: list[Sublayers]):
         super().__init__()
-        self.stack = nn.ModuleList(stack)
+        self.stack: Any = nn.ModuleList(stack)  # iterated as the sublayers it holds
 
     def start(self, x: Tensor) -> Tensor:
         for layers in self.stack:
@@ -272,11 +273,10 @@ class EnergyBlock(Dynamical):
     def __init__(self, width: int, heads: int, expansion: int, causal: bool, linear: bool, init: float, damping: float):
         super().__init__()
         self.heads, self.causal, self.linear, self.damping = heads, causal, linear, damping
-        self.wq, self.wk = (nn.Linear(width, width, bias=False) for _ in range(2))
-        for layer in (self.wq, self.wk):
+        self.wq, keys = (nn.Linear(width, width, bias=False) for _ in range(2))
+        for layer in (self.wq, keys):
             nn.init.normal_(layer.weight, std=math.sqrt(init / width))
-        if linear:
-            self.wk = None
+        self.wk: Any = None if linear else keys
         self.memory = Memory(width, expansion, init)
 
     def energy(self, z: Tensor, x: Tensor) -> Tensor:

@@ -203,15 +203,16 @@ class Prefix:
 
     def __init__(self, layers: Sublayers, decay: float):
         self.layers, self.decay = layers, decay
-        self.keys = self.values = None  # (..., H, settled, D)
+        self.past: tuple[Tensor, Tensor] | None = None  # keys and values, (..., H, settled, D) each
 
     def _heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layers = self.layers
         q, k, v = (split_heads(part, layers.heads) for part in layers.qkv(layers.ln1(z)).chunk(3, -1))
         if layers.qk_norm:
             q, k = unit_rms(q)[0], unit_rms(k)[0]
-        past = (k, v) if self.keys is None else (torch.cat([self.keys, k], -2), torch.cat([self.values, v], -2))
-        return q, *past
+        if self.past:
+            k, v = (torch.cat([settled, new], -2) for settled, new in zip(self.past, (k, v), strict=True))
+        return q, k, v
 
     def force(self, z: Tensor, x: Tensor) -> Tensor:
         """F of the n tokens (..., n, C) that follow the settled ones."""
@@ -223,15 +224,18 @@ class Prefix:
 
     def extend(self, z: Tensor) -> None:
         """Takes the settled states (..., n, C) of the next n tokens in."""
-        _, self.keys, self.values = self._heads(z)
+        _, *past = self._heads(z)
+        self.past = past[0], past[1]
 
 
 class Kept:
     """The last backward pass of a derivative, so that contracting the adjoint state of the solve's last product costs no new
-    one. The direction is not kept alive: memory does not depend on whether it is the one that is returned. Subclasses have
-    `_backward(u)`."""
+    one. The direction is not kept alive: memory does not depend on whether it is the one that is returned."""
 
     last: tuple[weakref.ref, tuple, Tensor] | None = None
+
+    def _backward(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _back(self, u: Tensor) -> Tensor:
         now = version(u), torch.is_grad_enabled()  # a pass without a graph is none for a gradient in the weights
@@ -248,12 +252,14 @@ def version(a: Tensor) -> Any:
 class AttentionSlope(Kept):
     """Derivative of Attn at its normalised input a (..., T, C), everything direction-independent cached."""
 
+    q_inverse: Tensor  # with qk_norm
+    k_inverse: Tensor
+
     def __init__(self, layers: Any, a: Tensor):
         """layers: what holds qkv, wo, heads, causal and qk_norm: `Sublayers` or a block."""
         self.layers = layers
         # contiguous once, as every product with them would make them
         q, k, self.v = (split_heads(part, layers.heads).contiguous() for part in layers.qkv(a).chunk(3, -1))
-        self.q_inverse = self.k_inverse = None
         if layers.qk_norm:
             (q, self.q_inverse), (k, self.k_inverse) = unit_rms(q), unit_rms(k)
         scale = 1 / math.sqrt(q.shape[-1])
@@ -313,7 +319,7 @@ class LinearAttentionSlope(AttentionSlope):
         self.mixed = self.q @ self.memory * self.inverse
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> Tensor:  # type: ignore[override]  # made when asked for
         """The attention weights that it amounts to, (..., H, T, T)."""
         return self.q @ self.k.mT * self.inverse
 

@@ -50,16 +50,16 @@ def bptt_sums(model: EquilibriumModel, inputs: Tensor, targets: Tensor, counts: 
 def step_by_step(ours: Gradients, theirs: Gradients) -> list[dict[str, float] | None]:
     """How an estimator's sums compare with BPTT's over block and embeddings, for each number of steps.
 
-    None where ours diverged. update, update_bptt: norms of what the steps since the number before added to ours and to theirs. cosine and error,
-    ||g - r|| / ||r||, of the sums. The readout's gradient ignores the adjoint state and is left out.
+    None where ours diverged. update, update_bptt: norms of what the steps since the number before added to ours and to theirs.
+    cosine and error, ||g - r|| / ||r||, of the sums. The readout's gradient ignores the adjoint state and is left out.
     """
     rows: list[dict[str, float] | None] = []
     last: list[Tensor] | None = None
-    for sums in zip(ours, theirs, strict=True):
-        if sums[0] is None:
+    for mine, exact in zip(ours, theirs, strict=True):
+        if mine is None or exact is None:
             rows.append(None)
             continue
-        parts = [without_readout(grads) for grads in sums]
+        parts = [without_readout(grads) for grads in (mine, exact)]
         found = agreement(*parts)["total"]
         flat = [torch.cat([value.flatten() for value in part.values()]) for part in parts]
         added = flat if last is None else [now - then for now, then in zip(flat, last, strict=True)]

@@ -44,7 +44,7 @@ def _hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
 
 
-def _of_part(block: nn.Module, path: str, kind: type) -> str | None:
+def _of_part(block: nn.Module, path: str, kind: Any) -> str | None:
     """How the module at the path is not a `kind` as its constructor made it, weights aside."""
     *above, name = path.split(".")
     part: Any = getattr(block.get_submodule(".".join(above)), name, None)

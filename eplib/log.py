@@ -124,10 +124,12 @@ class Bar:
     """
 
     def __init__(self, name: str, steps: int):
-        self.name, self.steps, self.began, self.first = name, steps, time.monotonic(), None
+        self.name, self.steps, self.began = name, steps, time.monotonic()
+        self.first: int | None = None  # the step that it began after
 
     def line(self, progress: Progress) -> str:
-        self.first = progress.step - 1 if self.first is None else self.first
+        if self.first is None:
+            self.first = progress.step - 1
         row = progress.rows[-1]
         left = (time.monotonic() - self.began) / (progress.step - self.first) * (self.steps - progress.step)
         return (f"{self.name} {progress.step}/{self.steps}  loss {row['loss']:.3f}  residual {row['free_residual_max']:.1e}  "

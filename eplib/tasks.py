@@ -12,13 +12,14 @@ from torch import Tensor
 
 from . import data as corpora
 from .models import Classifier, EquilibriumModel, LanguageModel
-from .runconfig import Mnist, RunConfig
+from .runconfig import Mnist, RunConfig, Text
 
 
 class ImageTask:
     """Patches and labels of MNIST in the run's order: a fresh permutation each epoch, without the rest that fills no batch."""
 
     def __init__(self, config: RunConfig, root: Path):
+        assert isinstance(config.data, Mnist)
         images = corpora.mnist(root)
         count = config.data.limit or len(images.train_labels)
         if count > len(images.train_labels):
@@ -26,7 +27,7 @@ class ImageTask:
         if config.batch > count:
             raise ValueError(f"batch {config.batch} exceeds the {count} training images")
         self.config, self.patch, self.count = config, config.data.patch, count
-        self.epoch, self.order = None, None  # a permutation of 60,000 takes as long as a small step's update
+        self.epoch, self.order = -1, torch.empty(0)  # a permutation of 60,000 takes as long as a small step's update
         self.train = self._patches(images.train_images[:count]), torch.from_numpy(images.train_labels[:count].copy()).long()
         self.test = self._patches(images.test_images), torch.from_numpy(images.test_labels.copy()).long()
 
@@ -58,10 +59,11 @@ class TextTask:
     and `held_out` are the ids (N,) of the two parts of the corpus."""
 
     def __init__(self, config: RunConfig, root: Path):
-        self.config, self.context = config, config.model.context
-        self.text = corpora.text(config.data.corpus, config.data.tokens, root)
+        assert isinstance(config.data, Text)
+        self.config, self.data, self.context = config, config.data, config.model.context
+        self.text = corpora.text(self.data.corpus, self.data.tokens, root)
         self.vocab, ids = self.text.vocab, torch.from_numpy(self.text.ids)
-        cut = int((1 - config.data.validation) * len(ids))
+        cut = int((1 - self.data.validation) * len(ids))
         self.train, self.held_out = ids[:cut], ids[cut:]
         for part, name in ((self.train, "training"), (self.held_out, "validation")):
             if len(part) <= self.context:
@@ -83,7 +85,7 @@ class TextTask:
             unseen = self.text.decode(ids[~seen[ids]].unique().tolist())
             raise corpora.DataError(f"the training split of {self.text.corpus} never has {unseen!r}, so that the model knows "
                                     f"nothing of it; choose a prompt without it, or a smaller data.validation than "
-                                    f"{self.config.data.validation:g}")
+                                    f"{self.data.validation:g}")
         return ids
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:

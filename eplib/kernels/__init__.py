@@ -15,7 +15,7 @@ import subprocess
 import weakref
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..blocks import Attractor, Dynamical, EquilibriumBlock, LinearAttention, Thick
 from ..calculus import Sublayers, version
 from ..intact import bare
-from ..solvers import Relaxation, Solution, Solver, Status, Substitution
+from ..solvers import Anderson, Solution, Solver, Status, Substitution
 
 SOURCE = Path(__file__).with_name("thick.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
@@ -132,7 +132,7 @@ def library() -> ctypes.CDLL:
 
 
 def _pointer(a: Tensor | None) -> ctypes.c_void_p:
-    pointer = ctypes.c_void_p(None if a is None else a.data_ptr())
+    pointer: Any = ctypes.c_void_p(None if a is None else a.data_ptr())
     pointer.tensor = a  # which lives as long as the pointer: it may be a copy that nobody else holds
     return pointer
 
@@ -169,14 +169,15 @@ class CompiledBlock:
     block that the kernel does not know, and once the weights are others than those that it was made of.
     """
 
-    def __init__(self, block: EquilibriumBlock):
-        self.block = block = bare(block)
-        if reason := unknown(block):
-            raise KernelError(f"the compiled kernel does not compute this {type(block).__name__}: {reason}. Use "
+    def __init__(self, block: Dynamical):
+        self.block: EquilibriumBlock = bare(block)
+        if reason := unknown(self.block):
+            raise KernelError(f"the compiled kernel does not compute this {type(self.block).__name__}: {reason}. Use "
                               "backend=\"torch\"")
         self.settled: tuple[_Held, CompiledJacobian, Tensor, _Held] | None = None  # last free state; J, F and clamp there
-        self.library, self.width, self.hidden = library(), block.layers.width, block.layers.w1.out_features
-        self.weights, self.written = _weights(block.layers)
+        layers = self.block.layers
+        self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
+        self.weights, self.written = _weights(layers)
         weights = [_plain(value.detach()) for value in self.weights]
         self.packed = torch.empty(self.library.eplib_packed(self.width, self.hidden))
         self.library.eplib_pack(self.width, self.hidden, *map(_pointer, weights), _pointer(self.packed))
@@ -249,7 +250,7 @@ class _Storage:
     """What the kernel keeps at states (..., T, C). Memory goes back to `spare` and is used again by the next of the same shape:
     fresh pages would cost as much as the force."""
 
-    spare: dict[tuple, list[list[Tensor]]] = {}
+    spare: ClassVar[dict[tuple, list[list[Tensor]]]] = {}
 
     def __init__(self, compiled: CompiledBlock, z: Tensor):
         layers, tokens = compiled.block.layers, z.shape[-2]
@@ -329,7 +330,7 @@ class CompiledJacobian:
         layers, width = self.compiled.block.layers, self.compiled.width
         back = back.flatten(0, -2)
         into, sums = self._outer(back, self.cache.n), back.sum(0)  # (3 C + E, C): of the folded weights; and of the bias
-        found = {}
+        found: dict[str, Tensor] = {}
         for norm, layer, part in (("ln1", "qkv", slice(None, 3 * width)), ("ln2", "w1", slice(3 * width, None))):
             weight, gain, bias = getattr(layers, layer).weight, getattr(layers, norm).weight, getattr(layers, norm).bias
             found |= {f"layers.{norm}.weight": (weight * into[part]).sum(0), f"layers.{norm}.bias": sums[part] @ weight,
@@ -347,7 +348,7 @@ class CompiledJacobian:
 
 def _settings(solver: Solver, z: Tensor) -> Any:
     """The solver for states (N, T, C): Anderson's method on a few tokens or on all, without memory plain relaxation."""
-    memory = 0 if isinstance(solver, Relaxation) else solver.memory
+    memory = solver.memory if isinstance(solver, Anderson) else 0
     if memory > MEMORY:
         raise KernelError(f"the compiled kernel keeps at most {MEMORY} differences, got memory={memory}; choose fewer")
     chunk = solver.chunk or CHUNK if isinstance(solver, Substitution) else z.shape[-2]
