@@ -7,9 +7,10 @@ them into the adjoint state a = -dz/dbeta at beta = 0. `estimators` says which n
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from .calculus import uncompiled
@@ -169,10 +170,33 @@ class Problem:
         return self.x.unsqueeze(1) if z.dim() > self.state.dim() else self.x
 
 
+# The unit of cost is a force evaluation of the whole batch, wherever cost is counted. A linearisation, and a product with J or
+# J^T however it is computed, count as one; a backward pass through a graph as two for each of these in it, and so does the
+# contraction <a, dF/dtheta>. The readout and the embedding are outside the dynamics and do not count.
+FORCE = LINEARISATION = PRODUCT = 1
+BACKWARD = 2
+
+Steps = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(gt=0)]
+
+
+class Uses:
+    """What an estimator uses of what `gradient` offers, said by its class: an estimator of your own overrides what differs.
+
+    equilibrium: it needs a settled free phase. second_phase: a solver solves a nudged or adjoint phase for it, in at most
+    `steps`, which it then has. compiled: the compiled kernel computes something of it. explicit: it is for blocks whose start
+    state is the answer.
+    """
+
+    equilibrium = second_phase = compiled = True
+    explicit = False
+
+
 @dataclass(frozen=True)
 class Adjoint:
     """a (B, ...) = -J^-T g as an estimator found it, the phase it came from, the largest displacement ||z_beta - z*|| / ||z*||
-    of each sample (B,), the cost in force evaluations, and what else was measured."""
+    of each sample (B,), the cost in force evaluations but for the linearisation at the free state, and what else was
+    measured."""
 
     value: Tensor
     phase: Solution | None

@@ -1,10 +1,10 @@
 """Controllers that keep the free phase contracting while the weights learn.
 
-A penalty is a function of the weights alone: the free state z* and the directions along which it looks at J = dF/dz are held
-fixed, so its gradient is one backward pass through J v, with every estimator, and never through a relaxation. `Outcome` says
-what it cost in force evaluations (a product with J counts as one; a linearisation with a graph, the product and the backward
-pass through both as six). Which samples are looked at again with a graph depends on the samples: only those that have something
-to penalise.
+A penalty is called as `penalty(problem, step, carried)`, with a dict of tensors that is its own from call to call, and is a
+function of the weights alone: the free state z* and the directions along which it looks at J = dF/dz are held fixed, so its
+gradient is one backward pass through J v, with every estimator, and never through a relaxation. Frozen weights get none.
+`Outcome` says what it cost in force evaluations (the unit of `contrast.FORCE`). Which samples are looked at again with a graph
+depends on the samples: only those that have something to penalise.
 """
 
 import math
@@ -17,10 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .config import configuration
-from .contrast import Problem
+from .contrast import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
 from .solvers import norm
-
-GRAPH = 6  # force evaluations that a linearisation, a product and the backward pass through both cost
 
 Strength = Annotated[float, Field(ge=0)]
 Products = Annotated[int, Field(ge=0)]
@@ -28,32 +26,37 @@ Products = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Outcome:
-    """grads {name: tensor} of the penalty, named scalars, and its cost in force evaluations."""
+    """grads {name: tensor} of the penalty, named scalars, and its cost in force evaluations but for the linearisation at the
+    free state, which all share."""
 
     grads: dict[str, Tensor]
     measured: dict[str, float]
     evaluations: int
 
 
-def _gradient(problem: Problem, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float]:
-    """Gradient of total() in the block's weights, and its value."""
-    parameters = dict(problem.model.block.named_parameters())
-    with torch.enable_grad():
+def _gradient(problem: Problem, cost: float, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float, float]:
+    """Gradient of total() in the block's weights that are trained, its value, and what both cost where total() costs `cost`."""
+    trained = {name: value for name, value in problem.model.block.named_parameters() if value.requires_grad}
+    with torch.set_grad_enabled(bool(trained)):
         value = total()
-        grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return {f"block.{name}": grad for name, grad in zip(parameters, grads, strict=True)}, value.item()
+        if not value.requires_grad:
+            return {}, value.item(), cost
+        grads = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
+    return {f"block.{name}": grad for name, grad in zip(trained, grads, strict=True)}, value.item(), (1 + BACKWARD) * cost
 
 
 def _graph(problem: Problem) -> Any:
     return problem.model.block.linearise(problem.state, problem.x)
 
 
-def _above(problem: Problem, above: Tensor, excess: Callable[[Any], Tensor],
-           strength: float) -> tuple[dict[str, Tensor], float]:
-    """The same of strength * mean_b excess_b^2, to which only the samples `above` (B,) contribute: excess(J of those)."""
+def _above(problem: Problem, above: Tensor, products: int, excess: Callable[[Any], Tensor],
+           strength: float) -> tuple[dict[str, Tensor], float, float]:
+    """The same of strength * mean_b excess_b^2, to which only the samples `above` (B,) contribute: excess(J of those), by so
+    many products with it."""
     if not above.any():
-        return {}, 0.0
-    return _gradient(problem, lambda: strength * excess(problem.model.block.linearise(
+        return {}, 0.0, 0.0
+    cost = (LINEARISATION + products * PRODUCT) * above.double().mean().item()
+    return _gradient(problem, cost, lambda: strength * excess(problem.model.block.linearise(
         problem.state[above], problem.x[above])).square().sum() / len(above))
 
 
@@ -67,11 +70,16 @@ def _unit(a: Tensor, tokens: bool = False) -> Tensor:
     return a / size.clamp_min(torch.finfo(a.dtype).tiny)
 
 
-def _draw(problem: Problem, key: str) -> Tensor:
-    """Random directions of norm 1, (B, ...), a new draw each call; the count is carried, so a resumed run draws the same."""
-    drawn = int(problem.carried.get(key, 0))
-    problem.carried[key] = torch.tensor(drawn + 1)
-    z = problem.state
+def _counted(carried: dict[str, Tensor], key: str) -> int:
+    """How often this was called before; the count is carried, so that a resumed run goes on with it."""
+    count = int(carried.get(key, 0))
+    carried[key] = torch.tensor(count + 1)
+    return count
+
+
+def _draw(z: Tensor, carried: dict[str, Tensor]) -> Tensor:
+    """Random directions of norm 1, (B, ...), a new draw each call."""
+    drawn = _counted(carried, "draws")
     return _unit(torch.randn(z.shape, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64).to(z))
 
 
@@ -127,35 +135,31 @@ class ContractionRate:
             raise ValueError(f"per token there is one probe, got probes={self.probes}; use per=\"sample\" for several")
         return self
 
-    def __call__(self, problem: Problem, step: float) -> Outcome:
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
         """At a free state and its Jacobian. No probe is carried over, so batches may change in size and length. Raises
         TypeError where tokens have no blocks of their own."""
-        step = self.step or step
-        call = int(problem.carried.get("penalty_calls", 0))
-        problem.carried["penalty_calls"] = torch.tensor(call + 1)
-        if call % self.every:
+        step, tokens = self.step or step, self.per == "token"
+        if _counted(carried, "calls") % self.every:
             return Outcome({}, {}, 0)
-        if self.per == "token" and problem.model.block.prefix() is None:
+        if tokens and problem.model.block.prefix() is None:
             raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal blocks.Thick, "
                             "or per=\"sample\"")
         with torch.no_grad():
-            probe = self._probe(problem, step)
             # the probing itself may be the kernel's; single tokens' blocks are PyTorch's
-            jacobian = problem.model.block.linearise(problem.state, problem.x) if self.per == "token" else problem.jacobian
+            jacobian = problem.model.block.linearise(problem.state, problem.x) if tokens else problem.jacobian
+            probe = self._probe(problem, jacobian, step)
             rate = self._rate(jacobian, probe, step)
             above = rate > self.target
-        grads, value = _above(problem, above, lambda jacobian: self._rate(jacobian, probe[above], step) - self.target,
-                              self.strength)
+        grads, value, cost = _above(problem, above, self.probes,
+                                    lambda jacobian: self._rate(jacobian, probe[above], step) - self.target, self.strength)
         measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
-        # a force, the products and the measurement; then, for the samples above the target, again with a graph
-        share = above.double().mean().item()
-        return Outcome(grads, measured, math.ceil(self.products + 2 * self.probes + self.probes * GRAPH * share))
+        cost += FORCE + (self.products + 2 * self.probes - 1) * PRODUCT + LINEARISATION * tokens  # the probe and what it sees
+        return Outcome(grads, measured, math.ceil(cost))
 
-    def _probe(self, problem: Problem, step: float) -> Tensor:
+    def _probe(self, problem: Problem, jacobian: Any, step: float) -> Tensor:
         if self.probes > 1:
             return _leading(problem, step, self.products, self.probes)
         tokens = self.per == "token"
-        jacobian = problem.model.block.linearise(problem.state, problem.x) if tokens else problem.jacobian
         move = jacobian.token_product if tokens else jacobian.product
         probe = problem.force(problem.state)
         for _ in range(self.products):
@@ -174,7 +178,6 @@ class ContractionRate:
         return (moved.norm(dim=-1) / probe.norm(dim=-1).clamp_min(tiny)).amax(-1)
 
 
-
 @configuration
 class LeadingMode:
     """Penalty strength * mean_b relu(alpha_b + margin)^2 on the leading mode of continuous time: alpha_b is the largest real
@@ -189,16 +192,15 @@ class LeadingMode:
     step: Annotated[float, Field(gt=0, le=1)] = 0.3
     products: Products = 4
 
-    def __call__(self, problem: Problem, step: float) -> Outcome:
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
         with torch.no_grad():
             basis = _leading(problem, self.step, self.products, 2)
             alpha = self._abscissa(problem.jacobian, basis)
             above = alpha > -self.margin
-        grads, value = _above(problem, above, lambda jacobian: self._abscissa(jacobian, basis[above]) + self.margin,
-                              self.strength)
-        share = above.double().mean().item()
-        return Outcome(grads, {"abscissa_probe": alpha.max().item(), "penalty": value},
-                       math.ceil(self.products + 4 + 2 * GRAPH * share))
+        grads, value, cost = _above(problem, above, 2, lambda jacobian: self._abscissa(jacobian, basis[above]) + self.margin,
+                                    self.strength)
+        cost += FORCE + (self.products + 3) * PRODUCT
+        return Outcome(grads, {"abscissa_probe": alpha.max().item(), "penalty": value}, math.ceil(cost))
 
     @staticmethod
     def _abscissa(jacobian: Any, basis: Tensor) -> Tensor:
@@ -246,13 +248,15 @@ class JacobianNorm:
     strength: Strength = 3.0
     driven: ResidualDriven | None = None
 
-    def __call__(self, problem: Problem, step: float) -> Outcome:
-        v, decay, strength = _draw(problem, "norm_draws"), 1 + problem.model.block.damping, self.strength
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
+        v, decay, strength = _draw(problem.state, carried), 1 + problem.model.block.damping, self.strength
         if self.driven:
-            residual = norm(problem.force(problem.state)) / norm(problem.state)
-            strength = self.driven(residual.max().item(), problem.carried, self.strength)
-        grads, value = _gradient(problem, lambda: strength * norm(_graph(problem).product(v) + decay * v).square().mean())
-        return Outcome(grads, {"penalty": value, "coefficient": strength}, GRAPH + bool(self.driven))
+            with torch.no_grad():
+                residual = norm(problem.force(problem.state)) / norm(problem.state)
+            strength = self.driven(residual.max().item(), carried, self.strength)
+        grads, value, cost = _gradient(problem, LINEARISATION + PRODUCT, lambda: strength * norm(
+            _graph(problem).product(v) + decay * v).square().mean())
+        return Outcome(grads, {"penalty": value, "coefficient": strength}, int(cost) + FORCE * bool(self.driven))
 
 
 @configuration
@@ -263,10 +267,11 @@ class ResidualPenalty:
     kind: Literal["ResidualPenalty"] = "ResidualPenalty"
     strength: Strength = 100.0
 
-    def __call__(self, problem: Problem, step: float) -> Outcome:
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
         block, z = problem.model.block, problem.state
-        grads, value = _gradient(problem, lambda: self.strength * (norm(block(z, problem.x)) / norm(z)).square().mean())
-        return Outcome(grads, {"penalty": value}, 3)
+        grads, value, cost = _gradient(problem, FORCE, lambda: self.strength * (
+            norm(block(z, problem.x)) / norm(z)).square().mean())
+        return Outcome(grads, {"penalty": value}, int(cost))
 
 
 @configuration
@@ -277,15 +282,15 @@ class Homeostasis:
     kind: Literal["Homeostasis"] = "Homeostasis"
     strength: Strength = 1.0
 
-    def __call__(self, problem: Problem, step: float) -> Outcome:
-        v = _draw(problem, "homeostasis_draws")
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
+        v = _draw(problem.state, carried)
 
         def total() -> Tensor:
             jacobian = _graph(problem)
             return self.strength * norm(jacobian.product(v) - jacobian.transposed(v)).square().mean()
 
-        grads, value = _gradient(problem, total)
-        return Outcome(grads, {"penalty": value}, 2 * GRAPH)
+        grads, value, cost = _gradient(problem, LINEARISATION + 2 * PRODUCT, total)
+        return Outcome(grads, {"penalty": value}, int(cost))
 
 
 Penalty = Annotated[ContractionRate | LeadingMode | JacobianNorm | ResidualPenalty | Homeostasis, Field(discriminator="kind")]

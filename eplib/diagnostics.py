@@ -128,8 +128,7 @@ def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]],
         raise ValueError(f"gradients are compared from batch to batch, got {len(batches)} of them; give two or more")
 
     def flat(kind: Estimator, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
-        report = gradient(model, inputs, targets, estimator=kind, solver=solver,
-                          nudged=None if isinstance(kind, BPTT) else nudged)
+        report = gradient(model, inputs, targets, estimator=kind, solver=solver, nudged=nudged if kind.second_phase else None)
         vector = None if report.grads is None else torch.cat([g.flatten().double() for g in report.grads.values()])
         return vector, report.free.residual.max().item()
 

@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 
 from .blocks import Block, Feedforward
 from .config import configuration
+from .contrast import Beta
 from .controllers import Penalty
-from .estimators import BPTT, Backprop, Beta, Estimator, ForwardMode
+from .estimators import Backprop, Estimator
 from .solvers import Relaxation, Solver
 from .starts import LinearStart
 
@@ -106,8 +107,8 @@ class RunConfig:
     @property
     def second(self) -> Solver:
         """The solver of the second phase, nudged or adjoint."""
-        steps = getattr(self.estimator, "steps", 1)
-        return self.nudged or (self.solver.limited(steps) if steps > 1 else self.solver)
+        steps = getattr(self.estimator, "steps", None)
+        return self.nudged or (self.solver.limited(steps) if steps else self.solver)
 
     @property
     def name(self) -> str:
@@ -122,10 +123,10 @@ class RunConfig:
             raise ValueError("block.causal must be true for Text and false for Mnist")
         if any(step > self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
-        if self.audit_every and isinstance(self.estimator, BPTT | Backprop | ForwardMode):
+        if self.audit_every and not self.estimator.equilibrium:
             raise ValueError("audit_every compares gradients at one free equilibrium, which the estimator "
                              f"{self.estimator.kind} does not have")
-        if self.anneal and not hasattr(self.estimator, "beta"):
+        if self.anneal and getattr(self.estimator, "beta", None) is None:
             raise ValueError(f"anneal moves the nudge's beta, which the estimator {self.estimator.kind} does not have")
         if self.frozen and (self.penalties or self.audit_every):
             raise ValueError("frozen leaves penalties nothing to change and audits nothing to compare; give penalties: [] and "

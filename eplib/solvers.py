@@ -73,6 +73,17 @@ def relative_force(force: Tensor, state: Tensor) -> Tensor:
     return norm(force) / norm(state).clamp_min(torch.finfo(state.dtype).tiny)
 
 
+def refuse_rounding(a: Tensor) -> None:
+    """Raises ValueError where numbers are rounded to half precision: a residual of 1e-4 and the difference of two nudged states
+    are below it."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"a phase does not settle in {a.dtype}, got weights or states of it; call model.float(), and for speed "
+                         "take solvers.MixedPrecision")
+    if torch.is_autocast_enabled(a.device.type):
+        raise ValueError(f"torch.autocast is active and would round every force to {torch.get_autocast_dtype(a.device.type)}; "
+                         "leave it, and for speed take solvers.MixedPrecision")
+
+
 Step = Annotated[float, Field(gt=0, le=2)]
 Count = Annotated[int, Field(ge=1)]
 Tolerance = Annotated[float, Field(ge=0)]
@@ -123,12 +134,19 @@ class _Solver:
     def _history(self) -> Any:
         return None
 
+    def _refuse_kernel(self, computed: Any) -> None:
+        if self.coarse is not None and hasattr(computed, "relax"):
+            raise ValueError(f"{self.kind} rounds PyTorch's evaluations and would do nothing to the compiled kernel's; use "
+                             "solvers.Anderson, or backend=\"torch\"")
+
     @torch.no_grad()
     def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
         """The free phase of a block under the clamp x, from `start` (by default the block's)."""
+        refuse_rounding(x)
         start = block.start(x) if start is None else start
         if self.in_kernel and hasattr(block, "relax"):
             return block.relax(self, x, start)
+        self._refuse_kernel(block)
         return self.solve(lambda z: block(z, x), start, rough=self.coarse is not None,
                           among=lambda samples: lambda z, some=x[samples]: block(z, some))
 
@@ -136,8 +154,10 @@ class _Solver:
     def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
         """The adjoint state of J^T a = -slope, (B, ...), from a = slope, which it is for J = -1; residuals relative to scale
         (B,)."""
+        refuse_rounding(slope)
         if self.in_kernel and hasattr(jacobian, "relax"):
             return jacobian.relax(self, slope, scale)
+        self._refuse_kernel(jacobian)
         return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale,
                           rough=self.coarse is not None)
 
@@ -153,6 +173,9 @@ class _Solver:
         among(samples): the force of these samples alone, where there is one: the others leave the batch once half of it has
         ended, so that it is not computed for the slowest sample's sake.
         """
+        refuse_rounding(start)
+        if self.coarse is not None and start.dtype not in (torch.float32, torch.complex64):
+            raise ValueError(f"{self.kind} is for float32 states and would do nothing to {start.dtype}; use solvers.Anderson")
         whole = now = _Samples(start)
         lanes = (-1,) + (1,) * (start.dim() - 1)
         left = None  # which samples are left, where some have gone
@@ -250,9 +273,8 @@ class MixedPrecision(Anderson):
     residual of at most `coarse`; from there on, and for every sample's last evaluation, in the state's own precision.
 
     bfloat16 has eight binary digits, so `coarse` is to be above 2^-8 = 4e-3. It pays where the processor multiplies bfloat16
-    faster than float32, costs time where it does not, and is for float32 states in PyTorch: the compiled kernel and float64
-    states compute every evaluation as it is. Contrasted trajectories, whose difference the rounding would drown, are never
-    rounded.
+    faster than float32, costs time where it does not, and is for float32 states in PyTorch: float64 states and the compiled
+    kernel are refused. Contrasted trajectories, whose difference the rounding would drown, are never rounded.
     """
 
     kind: Literal["MixedPrecision"] = "MixedPrecision"

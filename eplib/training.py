@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import plain
 from .diagnostics import READOUT, agreement, without_readout
-from .estimators import AsymEP, Backprop, DyadicEP, Estimator, ForwardMode, HolomorphicEP, Report, asymmetry, gradient
+from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, gradient
 from .evaluation import EXCURSION, edges, evaluate, moved
 from .files import write_atomically
 from .kernels import available, knows
@@ -40,8 +40,7 @@ ALWAYS = ("rate_probe", "penalty", "coefficient", "displacement", "audit_cosine"
 
 def fastest_backend(config: RunConfig, device: str = "cpu") -> Backend:
     """The compiled kernel where it is built and knows the run's block and what its estimator asks of it, else PyTorch."""
-    graph = isinstance(config.estimator, Backprop | ForwardMode | HolomorphicEP)  # or complex states
-    fits = device == "cpu" and not graph and knows(config.model.block, config.model.width, config.model.heads)
+    fits = device == "cpu" and config.estimator.compiled and knows(config.model.block, config.model.width, config.model.heads)
     return "compiled" if fits and available() else "torch"
 
 

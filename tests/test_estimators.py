@@ -15,7 +15,7 @@ from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status
 from systems import TIGHT, linear_batch, linear_system, transformer
 
 NUDGED = Relaxation(step=0.3, max_steps=2000, tol=1e-8)
-EXACT = [estimators.DyadicEP(beta=0.1), estimators.DyadicEP(beta=1e-3, held=False), estimators.Implicit()]
+EXACT = [estimators.DyadicEP(), estimators.DyadicEP(beta=1e-3, held=False), estimators.Implicit()]
 CONTRAST = [estimators.AsymEP(beta=1e-4), estimators.Tracking(beta=1e-4), estimators.HolomorphicEP(beta=5e-3, points=4),
             estimators.HolomorphicEP(beta=1e-4, points=2)]
 ONE_SIDED = estimators.AsymEP(beta=1e-6, nudging="one-sided")
@@ -27,11 +27,16 @@ def name(estimator):
     return repr(estimator)
 
 
+def phases(estimator, solver=TIGHT, nudged=NUDGED) -> dict:
+    """The arguments of a gradient, with a solver for the second phase where there is one."""
+    return {"estimator": estimator, "solver": solver, "nudged": nudged if estimator.second_phase else None}
+
+
 @pytest.mark.parametrize("kind", ["language", "image"])
 @pytest.mark.parametrize("estimator", [*EXACT, *CONTRAST, ONE_SIDED, estimators.BPTT(steps=600)], ids=name)
 def test_gradient_equals_the_dense_adjoint_in_every_group(estimator, kind):
     model, inputs, targets = transformer(kind, qk_norm=True)
-    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT, nudged=NUDGED)
+    report = eplib.gradient(model, inputs, targets, **phases(estimator))
     truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
     found = agreement(report.grads, truth)
     assert set(GROUPS) <= set(found)
@@ -43,7 +48,7 @@ def test_gradient_equals_the_dense_adjoint_in_every_group(estimator, kind):
 @pytest.mark.parametrize("estimator", INEXACT, ids=name)
 def test_the_inexact_estimators_fail_that_proof(estimator):
     model, inputs, targets = transformer()
-    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT, nudged=NUDGED)
+    report = eplib.gradient(model, inputs, targets, **phases(estimator))
     truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
     found = agreement(report.grads, truth)
     assert found["Wv"].cosine < 0.95
@@ -67,7 +72,7 @@ def test_a_flipped_correction_is_further_from_the_adjoint_than_none():
 @pytest.mark.parametrize("kept", [("readout",), ("block.layers.wo", "position"), ("embedding",)], ids=str)
 def test_frozen_parameters_get_no_gradient_and_change_no_other(estimator, kept):
     model, inputs, targets = transformer()
-    asked = {"estimator": estimator, "solver": TIGHT, "nudged": NUDGED}
+    asked = phases(estimator)
     full = eplib.gradient(model, inputs, targets, **asked).grads
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key.startswith(kept))
@@ -102,15 +107,16 @@ class Flipped(Jacobian):
     product, transposed = Jacobian.transposed, Jacobian.product
 
 
-@pytest.mark.parametrize("estimator", [estimators.DyadicEP(beta=0.1), *CONTRAST, ONE_SIDED], ids=name)
+@pytest.mark.parametrize("estimator", [estimators.DyadicEP(), *CONTRAST, ONE_SIDED], ids=name)
 def test_negative_control_flipped_correction_fails_the_proof(estimator, monkeypatch):
-    model, inputs, targets = transformer()
+    """At weights at which every flipped phase settles: that it diverges elsewhere would prove nothing of its gradient."""
+    model, inputs, targets = transformer(init=0.3)
     truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
     monkeypatch.setattr(blocks, "Jacobian", Flipped)
     report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT,
                             nudged=replace(NUDGED, max_steps=300))
-    if report.grads is not None:  # a flipped correction may also diverge, which the report says
-        assert agreement(report.grads, truth)["Wv"].cosine < 0.95
+    assert report.status is Status.CONVERGED
+    assert 0 < agreement(report.grads, truth)["Wv"].cosine < 0.95
 
 
 @pytest.mark.parametrize("estimator", [*EXACT, *CONTRAST, ONE_SIDED], ids=name)
@@ -154,7 +160,7 @@ def test_conservative_reduction_where_j_is_symmetric_all_estimators_agree(config
     nudged = replace(NUDGED, tol=1e-9)
     for estimator in [*EXACT, estimators.AsymEP(beta=1e-4), estimators.Tracking(beta=1e-4), estimators.VectorField(beta=1e-4),
                       estimators.BPTT(steps=2000)]:
-        report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT, nudged=nudged)
+        report = eplib.gradient(model, inputs, targets, **phases(estimator, nudged=nudged))
         if report.adjoint is not None:
             assert estimators.asymmetry(model.block.linearise(report.free.value, model.clamp(inputs)), report.adjoint) < 1e-10
         for key, expected in truth.items():
@@ -304,14 +310,15 @@ def test_feedback_alignment_projects_the_error_by_a_matrix_that_stays():
 
 def test_the_reported_asymmetry_and_displacement_are_those_of_the_dense_system():
     model, (inputs, targets) = linear_system(symmetric=False), linear_batch()
-    report = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(beta=0.2), solver=TIGHT, nudged=NUDGED)
+    report = eplib.gradient(model, inputs, targets, estimator=estimators.AsymEP(beta=1e-4), solver=TIGHT,
+                            nudged=replace(NUDGED, tol=1e-9))
     matrix, z = model.block.matrix.detach(), report.free.value
     a = -torch.linalg.solve(matrix.T, (z - targets).T).T
     odd = ((a @ matrix.T - a @ matrix).norm(dim=1) / (a @ matrix.T).norm(dim=1)).max().item()
     assert torch.allclose(report.adjoint, a, rtol=1e-6)
     jacobian = model.block.linearise(z, model.clamp(inputs))
     assert estimators.asymmetry(jacobian, report.adjoint) == pytest.approx(odd, rel=1e-6) and odd > 0.1
-    assert report.measured["displacement"] == pytest.approx((0.2 * a.norm(dim=1) / z.norm(dim=1)).max().item(), rel=1e-6)
+    assert report.measured["displacement"] == pytest.approx((1e-4 * a.norm(dim=1) / z.norm(dim=1)).max().item(), rel=1e-3)
 
 
 def test_the_correction_does_not_need_rho_below_one():
@@ -389,7 +396,7 @@ def test_a_mean_over_samples_does_not_depend_on_the_batch_size():
 
 
 @pytest.mark.parametrize("estimator", [estimators.VectorField, estimators.AsymEP, estimators.Tracking, estimators.DyadicEP,
-                                       lambda steps: estimators.DyadicEP(steps=steps, held=False), estimators.Implicit,
+                                       lambda steps: estimators.DyadicEP(beta=0.2, held=False), estimators.Implicit,
                                        estimators.HolomorphicEP,
                                        lambda steps: estimators.AsymEP(steps=steps, nudging="random-sign"),
                                        lambda steps: estimators.OneStep(), lambda steps: estimators.FeedbackAlignment(),
@@ -437,8 +444,8 @@ def test_estimator_and_block_must_fit():
         eplib.gradient(plain, inputs, targets, estimator=estimators.AsymEP(), solver=TIGHT)
 
 
-def test_the_reported_cost_counts_every_product(monkeypatch):
-    """Every evaluation of F, J v and J^T u, per sample of the batch, is in `force_evaluations`."""
+def test_the_reported_cost_counts_every_force_linearisation_product_and_backward_pass(monkeypatch):
+    """Every evaluation of F, J, J v and J^T u, per sample of the batch, is in `force_evaluations`, and two for the contraction."""
     model, inputs, targets = transformer()
     counted = {"n": 0}
 
@@ -452,20 +459,35 @@ def test_the_reported_cost_counts_every_product(monkeypatch):
         monkeypatch.setattr(owner, method, counting)
 
     count(blocks.EquilibriumBlock, "forward", 4)
+    count(blocks.EquilibriumBlock, "linearise", 4)
     count(Jacobian, "product", 4)
     count(Jacobian, "transposed", 4)
     solver = Relaxation(step=0.3, max_steps=9, tol=0.0)
-    for estimator, expected in [(estimators.AsymEP(beta=0.01, steps=5), 10 + 6 * 6), (estimators.DyadicEP(steps=5), 10 + 6),
-                                (estimators.VectorField(beta=0.01, steps=5), 10 + 2 * 6), (estimators.OneStep(), 10),
-                                (estimators.AsymEP(beta=0.01, steps=5, nudging="one-sided"), 10 + 3 * 6),
-                                (estimators.Tracking(beta=0.01, steps=5, held=True), 10 + 4 * 6),
-                                (estimators.Tracking(beta=0.01, steps=5, held=True, warm=True), 10 + 6 + 4 * 6),
-                                (estimators.DyadicEP(steps=5, held=False), 10 + 2 * 6)]:
+    state = 1 + 2  # J at z* and the contraction with dF/dtheta
+    kinds = [(estimators.AsymEP(beta=0.01, steps=5), 1 + 6 * 6), (estimators.DyadicEP(steps=5), 6), (estimators.OneStep(), 0),
+             (estimators.VectorField(beta=0.01, steps=5), 2 * 6), (estimators.FeedbackAlignment(), 0),
+             (estimators.AsymEP(beta=0.01, steps=5, nudging="one-sided"), 1 + 3 * 6), (estimators.ShuffledNudge(steps=5), 6),
+             (estimators.Tracking(beta=0.01, steps=5), 5 * 6), (estimators.Tracking(beta=0.01, steps=5, held=True), 4 * 6),
+             (estimators.Tracking(beta=0.01, steps=5, held=True, warm=True), 6 + 4 * 6),
+             (estimators.FlippedCorrection(beta=0.01, steps=5), 1 + 6 * 6),
+             (estimators.DyadicEP(beta=0.01, steps=5, held=False), 3 * 6)]
+    for estimator, expected in kinds:
         counted["n"] = 0
         report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=solver)
-        assert counted["n"] == expected
-        linearisations = 6 if estimator == estimators.DyadicEP(steps=5, held=False) else 0  # cost a force each, call none
-        assert report.measured["force_evaluations"] == expected + linearisations
+        assert counted["n"] + 2 == report.measured["force_evaluations"] == 10 + expected + state, estimator
+    monkeypatch.undo()
+
+    def cost(estimator, of=model):
+        return eplib.gradient(of, inputs, targets, estimator=estimator, solver=solver).measured["force_evaluations"]
+
+    assert cost(estimators.Implicit(steps=5)) == 10 + 1 + 6 + state  # whose J^T is PyTorch's
+    assert cost(estimators.BPTT(steps=7)) == 3 * 7 and cost(estimators.BPTT(steps=7, window=2)) == 7 + 2 * 2
+    assert cost(estimators.BPTT(steps=7, window=9)) == 3 * 7
+    flat = models.LanguageModel(vocab=11, width=16, heads=4, context=6, block=blocks.Feedforward()).double()
+    assert cost(estimators.Backprop(), flat) == 3
+    driven = (controllers.Homeostasis(), controllers.Homeostasis())
+    alone = eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=7), solver=solver, penalties=driven)
+    assert alone.measured["force_evaluations"] == 3 * 7 + 2 * 9
 
 
 def test_the_read_out_reuses_the_last_transposed_pass(monkeypatch):

@@ -447,7 +447,8 @@ def test_the_log_has_every_promised_column_and_the_three_rates_apart(root):
 
 def test_an_audit_compares_the_linear_response_with_two_trajectories(root, tmp_path):
     """The cosine is logged at the audited steps, its cost is counted, and the training is not touched."""
-    tight = {"solver": Relaxation(step=0.8, max_steps=40, tol=1e-5), "nudged": Relaxation(step=0.8, max_steps=40, tol=1e-4)}
+    tight = {"solver": Relaxation(step=0.8, max_steps=40, tol=1e-5), "nudged": Relaxation(step=0.8, max_steps=40, tol=1e-4),
+             "estimator": estimators.DyadicEP()}
     plain, audited = (Trainer(config(**tight, audit_every=every), tmp_path / str(every), root / "data") for every in (None, 3))
     rows, others = list(plain.advance().rows), list(audited.advance().rows)
     assert [math.isnan(row["audit_cosine"]) for row in others] == [True, True, False] * 2
