@@ -68,7 +68,7 @@ def test_in_a_linear_system_the_sums_are_the_partial_neumann_series(symmetric):
         total, term = total + SETTLED.step * term, term + SETTLED.step * term @ a
         exact[count] = total.mT @ drive / len(drive)
     bptt = gdu.bptt_sums(system, drive, goal, COUNTS, SETTLED)
-    ep = gdu.nudged_sums(system, drive, goal, estimators.DyadicEP(held=False), COUNTS, SETTLED)
+    ep = gdu.nudged_sums(system, drive, goal, estimators.DyadicEP(beta=0.2, held=False), COUNTS, SETTLED)
     for count, ours, theirs in zip(COUNTS, ep, bptt, strict=True):
         for found in (ours, theirs):
             assert torch.allclose(found["inflow"], exact[count], rtol=1e-8, atol=1e-8)

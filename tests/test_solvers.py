@@ -225,9 +225,42 @@ def test_mixed_precision_gives_the_same_gradient_and_never_rounds_a_contrast(mon
         assert any(back.seen) == isinstance(estimator, estimators.DyadicEP)
         assert agreement(ours.grads, exact.grads)["total"].cosine > 0.9999 and (ours.nudged.residual <= 1e-3).all()
         back.seen.clear()
-    wide, inputs, _ = transformer(init=0.5)  # float64 is never rounded
-    one, other = (wide.settle(inputs, kind(step=0.5, max_steps=200, tol=1e-9)) for kind in (Anderson, MixedPrecision))
-    assert torch.allclose(one.value, other.value, atol=1e-8) and (other.residual <= 1e-9).all()
+
+
+def test_mixed_precision_is_refused_where_it_would_do_nothing(compiled_kernel):
+    model, inputs, targets = transformer(init=0.5)
+    for estimator in (estimators.DyadicEP(), estimators.AsymEP()):
+        with pytest.raises(ValueError, match="MixedPrecision is for float32 states and would do nothing to torch.float64"):
+            eplib.gradient(model, inputs, targets, estimator=estimator, solver=Anderson(), nudged=MixedPrecision())
+    model = model.float()
+    for phases in ({"solver": MixedPrecision()}, {"solver": Anderson(), "nudged": MixedPrecision()}):
+        with pytest.raises(ValueError, match="MixedPrecision .* would do nothing to the compiled kernel"):
+            eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), backend="compiled", **phases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_half_precision_are_refused_by_every_phase(dtype):
+    """Where the bound on a diverging state overflowed to infinity and a residual of 1e-4 is below the type's spacing."""
+    model, inputs, targets = transformer()
+    model = model.to(dtype)
+    asked = {"estimator": estimators.DyadicEP(), "solver": Anderson()}
+    for call in (lambda: model.settle(inputs, Relaxation()), lambda: model.generate(inputs[0, :3], 1, Relaxation()),
+                 lambda: eplib.gradient(model, inputs, targets, **asked), lambda: Anderson().solve(torch.neg, torch.ones(1, 2).to(dtype)),
+                 lambda: eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=2), solver=Anderson())):
+        with pytest.raises(ValueError, match=r"float16.*call model.float\(\).*MixedPrecision"):
+            call()
+
+
+def test_an_active_autocast_is_refused_by_every_phase():
+    model, inputs, targets = transformer()
+    model = model.float()
+    asked = {"estimator": estimators.AsymEP(), "solver": Anderson()}
+    for call in (lambda: model.settle(inputs, Relaxation()), lambda: model.generate(inputs[0, :3], 1, Relaxation()),
+                 lambda: eplib.gradient(model, inputs, targets, **asked), lambda: Anderson().solve(torch.neg, torch.ones(1, 2))):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast|bfloat16"):
+            call()
+        with torch.autocast("cpu", enabled=False):
+            call()
 
 
 def test_a_fixed_horizon_takes_its_steps_whatever_the_residual():
