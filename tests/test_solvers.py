@@ -245,7 +245,8 @@ def test_weights_in_half_precision_are_refused_by_every_phase(dtype):
     model = model.to(dtype)
     asked = {"estimator": estimators.DyadicEP(), "solver": Anderson()}
     for call in (lambda: model.settle(inputs, Relaxation()), lambda: model.generate(inputs[0, :3], 1, Relaxation()),
-                 lambda: eplib.gradient(model, inputs, targets, **asked), lambda: Anderson().solve(torch.neg, torch.ones(1, 2).to(dtype)),
+                 lambda: eplib.gradient(model, inputs, targets, **asked),
+                 lambda: Anderson().solve(torch.neg, torch.ones(1, 2).to(dtype)),
                  lambda: eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=2), solver=Anderson())):
         with pytest.raises(ValueError, match=r"float16.*call model.float\(\).*MixedPrecision"):
             call()
@@ -256,8 +257,9 @@ def test_an_active_autocast_is_refused_by_every_phase():
     model = model.float()
     asked = {"estimator": estimators.AsymEP(), "solver": Anderson()}
     for call in (lambda: model.settle(inputs, Relaxation()), lambda: model.generate(inputs[0, :3], 1, Relaxation()),
-                 lambda: eplib.gradient(model, inputs, targets, **asked), lambda: Anderson().solve(torch.neg, torch.ones(1, 2))):
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast|bfloat16"):
+                 lambda: eplib.gradient(model, inputs, targets, **asked),
+                 lambda: Anderson().solve(torch.neg, torch.ones(1, 2))):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"autocast|bfloat16"):
             call()
         with torch.autocast("cpu", enabled=False):
             call()
