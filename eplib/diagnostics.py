@@ -328,14 +328,10 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
         return found
     with torch.no_grad():
         z, jacobian = solution.value, model.block.linearise(solution.value, model.clamp(inputs))
-    if getattr(jacobian, "by_token", False):
-        values = list(spectra.token_spectra(jacobian, z).flatten(1))
-    else:
-        values = spectra.eigenvalues(jacobian, z, step)
     rho, residual = spectra.asymmetry_radius(jacobian, z)
     exact, plain = (gradient(model, inputs, targets, estimator=kind, solver=solver, start=z, nudged=Anderson(tol=1e-3))
                     for kind in (DyadicEP(), VectorField(beta=1e-2)))
-    found |= spectra.edges(values, step) | {
+    found |= spectra.edges(model.block, z, model.clamp(inputs), step) | {
         "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(),
         "transient_growth": spectra.transient_growth(jacobian, z, step).max().item(),
         "asymmetry_radius": rho.max().item(), "asymmetry_radius_residual": residual.max().item()}

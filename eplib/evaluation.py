@@ -11,7 +11,7 @@ from .solvers import Relaxation, Solver
 from .tasks import Task
 
 EXCURSION = 1e-1  # free residual above which a sample, and a step by the largest of its batch, counts as an excursion
-SEQUENCES = 4  # of the first training batch, at which an evaluation takes the spectrum
+SEQUENCES = 1  # of the first training batch, at whose fixed point an evaluation takes the spectrum
 TAIL = 64  # steps of plain relaxation at an evaluation, at most, the last of which gives `rate_tail`
 
 
@@ -51,8 +51,8 @@ def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int |
 
 
 def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver) -> dict[str, float]:
-    """The spectrum's edges at the fixed point of the first `SEQUENCES` of inputs, and the rate at which plain relaxation at the
-    solver's step ends there; nothing where the free phase diverges or the block has none."""
+    """The spectrum's ends (`spectra.edges`) and the numerical abscissa at the fixed point of the first `SEQUENCES` of inputs,
+    and the rate at which plain relaxation at the solver's step ends there; nothing where the free phase diverges or is none."""
     if model.block.explicit:
         return {}
     inputs, step = moved(model, inputs[:SEQUENCES]), solver.step
@@ -60,8 +60,8 @@ def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver) -> dict[str, 
     if not solution.status.usable:
         return {}
     with torch.no_grad():
-        jacobian = model.block.linearise(solution.value, model.clamp(inputs))
+        z, x = solution.value, model.clamp(inputs)
+        jacobian = model.block.linearise(z, x)
     relaxed = model.settle(inputs, Relaxation(step=step, max_steps=TAIL, tol=1e-5))
-    return spectra.edges(spectra.eigenvalues(jacobian, solution.value, step), step) | {
-        "rate_step": step, "numerical_abscissa": spectra.numerical_abscissa(jacobian, solution.value).max().item(),
-        "rate_tail": relaxed.rate.max().item()}
+    return spectra.edges(model.block, z, x, step) | {
+        "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(), "rate_tail": relaxed.rate.max().item()}

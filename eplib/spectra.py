@@ -7,41 +7,73 @@ operator counts.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import Dynamical
 from .models import EquilibriumModel
 from .solvers import norm
 
+SIZE = 40  # vectors of a Krylov space, at first
+MOST = 320  # at most, where the right edge asks for more
+CONVERGED = 1e-4  # residual of the rightmost Ritz pair at which it counts as an eigenvalue
+
+
+class Krylov:
+    """An orthonormal basis of v, A v, A^2 v .. for each sample, and what A is on it (Arnoldi), grown as far as it is asked to.
+
+    product maps (B, ...) to (B, ...) sample by sample; start (B, ...) is the first vector. The small matrices are float64.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor], start: Tensor):
+        self.product, self.shape, self.size = product, start.shape, 0
+        self.basis = (start / norm(start).view((-1,) + (1,) * (start.dim() - 1))).flatten(1).unsqueeze(1)  # (B, 1, n)
+        self.hessenberg = torch.zeros(start.shape[0], 1, 0, dtype=torch.float64)
+
+    def grow(self, size: int) -> None:
+        """Up to `size` vectors, of as many as there are."""
+        first, size = self.size, min(size, self.basis.shape[2])
+        if size <= first:
+            return
+        batch, tiny = len(self.basis), torch.finfo(self.basis.dtype).tiny
+        self.basis = torch.cat([self.basis, self.basis.new_empty(batch, size - first, self.basis.shape[2])], 1)
+        grown = torch.zeros(batch, size + 1, size, dtype=torch.float64)
+        grown[:, :first + 1, :first] = self.hessenberg
+        for k in range(first, size):
+            w, known = self.product(self.basis[:, k].view(self.shape)).flatten(1), self.basis[:, :k + 1]
+            for _ in range(2):  # twice is enough: plain Gram-Schmidt loses orthogonality in float32
+                overlap = torch.bmm(known, w.unsqueeze(2))  # (B, k + 1, 1)
+                grown[:, :k + 1, k] += overlap.squeeze(2).double().cpu()
+                w = w - torch.bmm(overlap.mT, known).squeeze(1)
+            length = w.norm(dim=1)
+            grown[:, k + 1, k] = length.double().cpu()
+            self.basis[:, k + 1] = w / length.clamp_min(tiny).unsqueeze(1)
+        self.hessenberg, self.size = grown, size
+
+    def ritz(self) -> list[tuple[Tensor, Tensor]]:
+        """For each sample the Ritz values, rightmost first, complex, and the residual ||A y - lambda y|| of each, y its Ritz
+        vector of norm 1."""
+        found = []
+        for h in self.hessenberg:
+            small = (h.diagonal(-1) < 1e-12).nonzero()  # an invariant subspace ends the factorisation early
+            stop = int(small[0]) + 1 if len(small) else self.size
+            values, vectors = torch.linalg.eig(h[:stop, :stop])
+            left = h[stop, stop - 1] * vectors[-1].abs() / vectors.norm(dim=0)
+            order = values.real.argsort(descending=True)
+            found.append((values[order], left[order]))
+        return found
+
 
 @torch.no_grad()
-def spectrum(product: Callable[[Tensor], Tensor], start: Tensor, size: int = 40) -> list[Tensor]:
-    """Ritz values of a linear map by Arnoldi, one complex tensor per sample, in float64.
-
-    product maps (B, ...) to (B, ...) sample by sample; start (B, ...) is the first vector. Leading eigenvalues converge first.
-    """
-    lanes = (-1,) + (1,) * (start.dim() - 1)
-    size = min(size, start[0].numel())
-    basis = [start / norm(start).view(lanes)]
-    hessenberg = torch.zeros(start.shape[0], size + 1, size, dtype=torch.float64)
-    for k in range(size):
-        w = product(basis[k])
-        for _ in range(2):  # twice is enough: plain Gram-Schmidt loses orthogonality in float32
-            for j, q in enumerate(basis):
-                overlap = (q * w).flatten(1).sum(1)
-                hessenberg[:, j, k] += overlap.double().cpu()
-                w = w - overlap.view(lanes) * q
-        length = norm(w)
-        hessenberg[:, k + 1, k] = length.double().cpu()
-        basis.append(w / length.clamp_min(torch.finfo(w.dtype).tiny).view(lanes))
-    found = []
-    for b in range(start.shape[0]):
-        small = (hessenberg[b].diagonal(-1) < 1e-12).nonzero()  # an invariant subspace ends the factorisation early
-        stop = int(small[0]) + 1 if len(small) else size
-        found.append(torch.linalg.eigvals(hessenberg[b, :stop, :stop]))
-    return found
+def spectrum(product: Callable[[Tensor], Tensor], start: Tensor, size: int = SIZE) -> list[Tensor]:
+    """Ritz values of a linear map on a Krylov space of `size` vectors, rightmost first, one complex tensor a sample; the outer
+    eigenvalues converge first. All of them where size reaches the number of units."""
+    space = Krylov(product, start)
+    space.grow(size)
+    return [values for values, _ in space.ritz()]
 
 
 def _start(z: Tensor, seed: int = 0) -> Tensor:
@@ -49,27 +81,55 @@ def _start(z: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def eigenvalues(jacobian: Any, z: Tensor, step: float, size: int = 40) -> list[Tensor]:
-    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample: Arnoldi on I + step J, which finds the
-    edges of the spectrum first. All eigenvalues where size reaches the number of units."""
-    found = spectrum(lambda v: v + step * jacobian.product(v), _start(z), size)
-    values = [(ritz - 1) / step for ritz in found]
-    return [ritz[ritz.real.argsort(descending=True)] for ritz in values]
+def eigenvalues(jacobian: Any, z: Tensor, size: int = SIZE) -> list[Tensor]:
+    """Ritz values of J at z (B, ...), rightmost first, one complex tensor a sample. How far they are from eigenvalues is not
+    known: `rightmost` says it."""
+    return spectrum(jacobian.product, _start(z), size)
 
 
-def contraction_rate(model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, size: int = 40) -> Tensor:
+@torch.no_grad()
+def rightmost(jacobian: Any, z: Tensor, tol: float = CONVERGED, most: int = MOST) -> list[tuple[Tensor, float]]:
+    """For each sample the Ritz values of J at z (B, ...), rightmost first, complex, and the residual ||J y - lambda y|| of the
+    first, y of norm 1.
+
+    Arnoldi converges at the ends of a spectrum, and first at the further one: where the left edge is long, few vectors call a
+    state more stable than it is. The space is grown until each sample's rightmost pair has a residual of at most tol twice
+    running, or to `most` vectors; the residual says which.
+    """
+    space, settled = Krylov(jacobian.product, _start(z)), 0
+    while True:
+        space.grow(space.size + SIZE)
+        found = [(values, float(left[0])) for values, left in space.ritz()]
+        settled = settled + 1 if all(left <= tol for _, left in found) else 0
+        if settled == 2 or space.size >= min(most, space.basis.shape[2]):
+            return found
+
+
+def contraction_rate(model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, size: int = SIZE) -> Tensor:
     """rate_arnoldi: spectral radius of I + step * J at the states z (B, ...), per sample (B,)."""
     with torch.no_grad():
         jacobian = model.block.linearise(z, model.clamp(inputs))
-    return torch.stack([(1 + step * values).abs().max() for values in eigenvalues(jacobian, z, step, size)])
+    return torch.stack([(1 + step * values).abs().max() for values in eigenvalues(jacobian, z, size)])
 
 
-def edges(values: list[Tensor], step: float) -> dict[str, float]:
-    """Of eigenvalues of J, one tensor a sample, the worst of the batch: rate_arnoldi, the spectral radius of I + step J;
-    abscissa, the largest real part; frequency, the imaginary part there, zero for a real mode."""
-    first = max((some[some.real.argmax()] for some in values), key=lambda value: value.real.item())
-    return {"rate_arnoldi": max((1 + step * some).abs().max().item() for some in values), "abscissa": first.real.item(),
-            "frequency": abs(first.imag.item())}
+@torch.no_grad()
+def edges(block: Dynamical, z: Tensor, x: Tensor, step: float) -> dict[str, float]:
+    """Where the spectrum of J at z (B, ...) under the clamp x ends, the worst of the batch.
+
+    abscissa: largest real part of the eigenvalues, and frequency: the imaginary part of that very one, zero for a real mode;
+    abscissa_residual: ||J y - lambda y|| of its unit vector. rate_arnoldi: spectral radius of I + rate_step J, and rate_step.
+    Exact, with a residual of zero, from the tokens' own blocks where those have all of J's eigenvalues (`token_spectra`); else
+    by `rightmost`, in float64.
+    """
+    jacobian = block.linearise(z, x)
+    if getattr(jacobian, "by_token", False):  # a block of the user's own need not say it
+        found = [(values, 0.0) for values in token_spectra(jacobian, z).flatten(1)]
+    else:
+        z = z.double()
+        found = rightmost(deepcopy(block).double().linearise(z, x.double()), z)
+    first, residual = max(((values[values.real.argmax()], left) for values, left in found), key=lambda one: float(one[0].real))
+    return {"abscissa": first.real.item(), "frequency": abs(first.imag.item()), "abscissa_residual": residual,
+            "rate_arnoldi": max((1 + step * values).abs().max().item() for values, _ in found), "rate_step": step}
 
 
 @torch.no_grad()
@@ -81,7 +141,7 @@ def token_spectra(jacobian: Any, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def numerical_abscissa(jacobian: Any, z: Tensor, size: int = 40) -> Tensor:
+def numerical_abscissa(jacobian: Any, z: Tensor, size: int = SIZE) -> Tensor:
     """Largest eigenvalue of S = (J + J^T) / 2 at z (B, ...), (B,), by Lanczos: the fastest growth that any deviation has at
     first. Above zero, some grow before they decay, if the abscissa is below."""
     found = spectrum(lambda v: (jacobian.product(v) + jacobian.transposed(v)) / 2, _start(z), size)
