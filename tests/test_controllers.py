@@ -388,7 +388,7 @@ def test_the_spectrum_of_a_causal_block_is_that_of_its_tokens():
 def test_matrix_free_measures_equal_the_dense_ones(kind):
     model, inputs, _, z, jacobian, matrices = settled(kind)
     size = z[0].numel()
-    leading = spectra.eigenvalues(jacobian, z, STEP, size=size)
+    leading = spectra.eigenvalues(jacobian, z, size)
     abscissa = spectra.numerical_abscissa(jacobian, z)
     growth = spectra.transient_growth(jacobian, z, STEP, counts=(1, 4), rounds=200)
     rho, residual = spectra.asymmetry_radius(jacobian, z, size=size, tol=1e-12)
