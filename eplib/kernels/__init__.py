@@ -174,7 +174,9 @@ class CompiledBlock:
         if reason := unknown(self.block):
             raise KernelError(f"the compiled kernel does not compute this {type(self.block).__name__}: {reason}. Use "
                               "backend=\"torch\"")
-        self.settled: tuple[_Held, CompiledJacobian, Tensor, _Held] | None = None  # last free state; J, F and clamp there
+        # last free state, with what J is made of, F and the clamp there; not J itself, which holds this block: a cycle would keep
+        # the storage until Python looks for cycles, and every step would take new memory
+        self.settled: tuple[_Held, _Storage, Tensor, _Held] | None = None
         layers = self.block.layers
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
         self.weights, self.written = _weights(layers)
@@ -206,7 +208,7 @@ class CompiledBlock:
     def linearise(self, z: Tensor, x: Tensor) -> "CompiledJacobian":
         if self.settled and self.settled[0].holds(z):
             self.check()
-            return self.settled[1]
+            return CompiledJacobian(self, self.settled[1], z)
         return self.force_and_jacobian(z, x)[1]
 
     def start(self, x: Tensor) -> Tensor:
@@ -225,7 +227,7 @@ class CompiledBlock:
                                   _pointer(rest), _pointer(outcome), torch.get_num_threads())
         found = _solution(z, outcome, z.flatten(1).norm(dim=1) if scale is None else scale, solver)
         if scale is None and found.status.usable:  # of a sample that diverged the tokens after it were not computed
-            self.settled = _Held(z), CompiledJacobian(self, cache, z), rest, _Held(x)
+            self.settled = _Held(z), cache, rest, _Held(x)
         return found
 
     def _evaluate(self, z: Tensor, x: Tensor, linearise: bool) -> tuple[Tensor, "_Storage"]:
