@@ -1,15 +1,16 @@
 """What tables and claims say of runs: steps without a gradient, samples that settled, intervals over seeds."""
 
 import math
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from eplib import tables
+from eplib import blocks, models, solvers, tables
 from eplib.controllers import ContractionRate
-from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, VectorField
+from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, OneStep, VectorField, gradient
 
 
 def run(seed=0, kind="Thick", loss=1.0, metrics=None, log=None, start=None, median=5e-4, largest=1e-3, estimator=None,
@@ -156,3 +157,22 @@ def test_a_difference_decides_nothing_unless_both_arms_are_known_to_settle():
     short = [*settled[:2], run(2, largest=1.0)]
     found = tables.paired({"ep": settled, "bptt": short}, "ep", "bptt")
     assert found["undecided"] == "samples that settled: BPTT ≥ 50 %" and found["n"] == 3
+
+
+RELAXED = (DyadicEP(), AsymEP(beta=0.1), VectorField(beta=0.1), OneStep(), BPTT(steps=7))
+
+
+@pytest.mark.parametrize(("estimator", "penalised"), [(Backprop(), False), *product(RELAXED, (False, True))])
+def test_the_unit_of_older_logs_is_that_of_the_library(estimator, penalised):
+    torch.manual_seed(0)
+    block = blocks.Feedforward() if estimator.kind == "Backprop" else blocks.Thick()
+    model = models.LanguageModel(vocab=7, width=8, heads=2, context=5, block=block)
+    inputs, solver = torch.randint(7, (3, 5)), solvers.Relaxation(step=0.5, max_steps=200, tol=1e-4)
+    penalties = (ContractionRate(target=0.01, products=2),) if penalised else ()  # of every sample
+    report = gradient(model, inputs, inputs.roll(1, 1), estimator=estimator, solver=solver, penalties=penalties)
+    # all that older logs have: the phases, a force, two products and the measurement, and the last with a graph and back
+    counted = report.free.evaluations + (report.nudged.evaluations if report.nudged else 0) + 10 * penalised
+    recorded = log(force_evaluations=np.full(4, float(counted)), rate_probe=np.full(4, 0.9 if penalised else np.nan),
+                   nudged_iterations_max=np.full(4, report.nudged.steps.max().item() if report.nudged else 0))
+    older = run(log=recorded, estimator=estimator, penalties=penalties)
+    assert tables.force_evaluations(older).tolist() == [report.measured["force_evaluations"]] * 4
