@@ -325,8 +325,8 @@ def compiled_backprop(point: Point, rounds: int = 20) -> dict:
 def table(results: dict) -> str:
     lines = []
     for point, found in results.items():
-        lines.append(f"{point}: rate_arnoldi at step {found['rate_step']:g} {found['rate_arnoldi']:.3f}; {found['horizon']} Euler "
-                     f"steps to {FREE:g}")
+        lines.append(f"{point}: rate_arnoldi at step {found['rate_step']:g} {found['rate_arnoldi']:.3f}; {found['horizon']} "
+                     f"Euler steps to {FREE:g}")
         for name, row in found["arms"].items():
             lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x {row.get('force_evaluations', '-'):>6} F"
                          + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint "
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(SIZES), action="append", help="one, again for another; all but toy by default")
     parser.add_argument("--point", choices=("initial", "trained"), help="one operating point; both by default")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compile", action="store_true", help="time backprop under torch.compile too (needs a C++ compiler)")
+    parser.add_argument("--compile", action="store_true", help="time backprop under torch.compile (needs a C++ compiler)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
     options = parser.parse_args(arguments)
     if options.rounds < 1:

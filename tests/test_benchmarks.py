@@ -36,6 +36,8 @@ def test_costs_are_in_force_evaluations_of_the_whole_batch(results):
     found, _ = results
     for point in found["points"].values():
         costs = {name: row.get("force_evaluations") for name, row in point["arms"].items()}
+        steps = point["horizon"]
+        assert costs["backprop"] == 3 and costs[f"BPTT, {steps} steps"] == 3 * steps
         assert {name for name, cost in costs.items() if cost is None} == {"torchdeq, anderson", "torchdeq, fixed_point_iter"}
         response = next(cost for name, cost in costs.items() if name.startswith("EP linear response"))
         assert 3 < response < costs["EP, reference"]
