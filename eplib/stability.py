@@ -41,7 +41,8 @@ def measured(run: Run) -> bool:
 def rightmost(run: Run) -> Mode:
     """The rightmost mode over a run's evaluations: value and frequency are those of one mode."""
     at = int(np.nanargmax(run.curve["abscissa"]))
-    return Mode(*(float(run.curve[key][at]) for key in ("abscissa", "frequency")), int(run.curve["step"][at]), measured(run))
+    curve = run.curve
+    return Mode(float(curve["abscissa"][at]), float(curve["frequency"][at]), int(curve["step"][at]), measured(run))
 
 
 def rate_step(run: Run) -> float:

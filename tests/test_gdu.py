@@ -76,7 +76,7 @@ def test_in_a_linear_system_the_sums_are_the_partial_neumann_series(symmetric):
 
 def test_bptt_whose_forward_has_not_settled_is_refused():
     model, inputs, targets = transformer()
-    with pytest.raises(ValueError, match="after 5 steps.*allow more"):
+    with pytest.raises(ValueError, match=r"after 5 steps.*allow more"):
         gdu.bptt_sums(model, inputs, targets, COUNTS, replace(SETTLED, max_steps=5))
 
 
