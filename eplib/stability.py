@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .runs import Run
+from .spectra import CONVERGED
 
-RITZ = 1e-2  # residual of the rightmost Ritz pair above which its real part is no measurement
 UNCONVERGED = "Ritz values that had not converged at the right edge"
 
 
@@ -35,7 +35,7 @@ def measured(run: Run) -> bool:
     """Whether the abscissas along a run are exact or from Ritz pairs that had converged. Runs recorded before the residual was
     logged hold Ritz values of 40 Arnoldi vectors, which may lie left of the edge, or right of it where J is far from normal."""
     residual = run.curve.get("abscissa_residual")
-    return residual is not None and bool((residual <= RITZ).all())
+    return residual is not None and bool((residual <= CONVERGED).all())
 
 
 def rightmost(run: Run) -> Mode:
