@@ -128,8 +128,9 @@ def _estimated(problem: Problem, free: Solution, estimator: Estimator, solver: S
 
 
 def _finite(grads: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """The gradient, None if anything in it is not finite."""
-    return grads if grads and bool(torch.stack([value.isfinite().all() for value in grads.values()]).all()) else None
+    """The gradient, None if anything in it is not finite; by the largest entries, which need no copy of the gradient."""
+    largest = [torch.linalg.vector_norm(value, torch.inf) for value in (grads or {}).values() if value.numel()]
+    return grads if largest and bool(torch.stack(largest).isfinite().all()) else None
 
 
 def _penalised(report: Report, problem: Problem, penalties: tuple, step: float) -> Report:
