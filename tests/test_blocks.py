@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -605,3 +606,49 @@ def test_a_derivative_by_itself_is_not_rounded_by_a_phase_in_mixed_precision():
         with torch.autocast("cpu", torch.bfloat16):
             rough = jacobian.transposed(z)
         assert torch.allclose(rough, block.linearise(z, x).transposed(z), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lifted", [False, True], ids=["states", "several states"])
+@pytest.mark.parametrize(("width", "heads", "expansion", "samples", "tokens"), [(6, 1, 1, 1, 1), (6, 6, 3, 2, 3), (1, 1, 2, 1, 4)])
+@pytest.mark.parametrize("config", EQUILIBRIUM + IMAGE, ids=name)
+def test_derivatives_are_those_of_any_shape(config, width, heads, expansion, samples, tokens, lifted):
+    """One head, heads of one unit, one token, other expansions, strided states, several states under one clamp."""
+    torch.manual_seed(4)
+    block = replace(config, expansion=expansion).build(width, heads, 8).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
+    with torch.no_grad():
+        x = block.drive(torch.randn(samples, tokens, width, dtype=torch.float64))
+        z = block.start(x) + 1
+        if lifted:
+            x, z = x.unsqueeze(1), torch.stack([z, z - 2], 1)
+        z, v, u = ((z + torch.randn_like(z)).mT.contiguous().mT for _ in range(3))
+        jacobian = block.linearise(z, x)
+        moved, pulled, (grads, into) = jacobian.product(v), jacobian.transposed(u), jacobian.contract(u)
+    dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(z.numel(), z.numel())
+    close = {"rtol": 1e-8, "atol": 1e-8}
+    assert torch.allclose(moved.flatten(), dense @ v.flatten(), **close)
+    assert torch.allclose(pulled.flatten(), dense.T @ u.flatten(), **close)
+    if jacobian.by_token:
+        each = dense.view(-1, tokens, width, z[..., 0, 0].numel(), tokens, width)
+        own = torch.einsum("btcbtd->btcd", each)
+        assert torch.allclose(jacobian.token_product(v).view(own.shape[:-1]),
+                              torch.einsum("btcd,btd->btc", own, v.reshape(own.shape[:-1])), **close)
+        assert all(each[:, t, :, :, t + 1:].abs().max() == 0 for t in range(tokens - 1))  # so they have all eigenvalues
+    weights = {key: value for key, value in block.named_parameters() if "backbone" not in key}
+    found = torch.autograd.grad((u * block(z, x.requires_grad_())).sum(), [*weights.values(), x], materialize_grads=True,
+                                allow_unused=True)
+    assert into.shape == x.shape and torch.allclose(into, found[-1], **close)
+    assert all(torch.allclose(grads[key], value, rtol=1e-6, atol=1e-8) for key, value in zip(weights, found, strict=False))
+
+
+def test_linear_attention_is_over_all_tokens():
+    with pytest.raises(calculus.ShapeError, match="causal=False"):
+        calculus.Sublayers(8, 2, 4, causal=True, qk_norm=False, init=1.0, linear=True)
+    torch.manual_seed(0)  # a stack of such layers, which no configuration builds, has its derivative too
+    block = blocks.LayeredBlock([calculus.Sublayers(8, 2, 4, False, False, 1.0, linear=True) for _ in range(2)]).double()
+    x = torch.randn(1, 3, 8, dtype=torch.float64)
+    z, v = torch.randn(2, 1, 2, 3, 8, dtype=torch.float64)
+    dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(48, 48)
+    with torch.no_grad():
+        assert torch.allclose(block.linearise(z, x).transposed(v).flatten(), dense.T @ v.flatten(), atol=1e-10)
