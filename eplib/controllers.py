@@ -36,13 +36,14 @@ class Outcome:
 
 def _gradient(problem: Problem, cost: float, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float, float]:
     """Gradient of total() in the block's weights that are trained, its value, and what both cost where total() costs `cost`."""
-    trained = {name: value for name, value in problem.model.block.named_parameters() if value.requires_grad}
+    inside = {id(value) for value in problem.model.block.parameters()}
+    trained = {name: value for name, value in problem.model.named_parameters() if id(value) in inside and value.requires_grad}
     with torch.set_grad_enabled(bool(trained)):
         value = total()
         if not value.requires_grad:
             return {}, value.item(), cost
         grads = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
-    return {f"block.{name}": grad for name, grad in zip(trained, grads, strict=True)}, value.item(), (1 + BACKWARD) * cost
+    return dict(zip(trained, grads, strict=True)), value.item(), (1 + BACKWARD) * cost
 
 
 def _graph(problem: Problem) -> Any:
@@ -141,12 +142,12 @@ class ContractionRate:
         step, tokens = self.step or step, self.per == "token"
         if _counted(carried, "calls") % self.every:
             return Outcome({}, {}, 0)
-        if tokens and problem.model.block.prefix() is None:
-            raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal blocks.Thick, "
-                            "or per=\"sample\"")
         with torch.no_grad():
             # the probing itself may be the kernel's; single tokens' blocks are PyTorch's
-            jacobian = problem.model.block.linearise(problem.state, problem.x) if tokens else problem.jacobian
+            jacobian = _graph(problem) if tokens else problem.jacobian
+            if tokens and not getattr(jacobian, "by_token", False):
+                raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal blocks.Thick, "
+                                "Attractor or Thin, not altered since it was built, or per=\"sample\"")
             probe = self._probe(problem, jacobian, step)
             rate = self._rate(jacobian, probe, step)
             above = rate > self.target

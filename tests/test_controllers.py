@@ -363,6 +363,39 @@ def test_per_token_needs_a_causal_block_and_one_probe():
         ContractionRate(per="token")(at(model, inputs, z), STEP, {})
     with pytest.raises(ValueError, match="one probe"):
         ContractionRate(per="token", probes=2)
+    model, inputs, z = small()
+    model.block.layers.w1.register_forward_hook(lambda *rest: None)
+    with pytest.raises(TypeError, match="not altered since it was built"):
+        ContractionRate(per="token")(at(model, inputs, z), STEP, {})
+
+
+@pytest.mark.parametrize("config", [blocks.Thin(init=1.0), blocks.Attractor(init=1.0)], ids=lambda config: config.kind)
+def test_per_token_is_for_every_causal_block_with_a_derivative_by_hand(config):
+    model, inputs, _ = transformer()
+    model.block = config.build(16, 4, 6).double()
+    z = model.settle(inputs, Relaxation(step=0.3, max_steps=30, tol=1e-10)).value
+    found = ContractionRate(target=0.1, products=0, per="token")(at(model, inputs, z), STEP, {})
+    push, rates = model.block(z, model.clamp(inputs)).detach(), []
+    for sample, matrix in enumerate(dense(model, inputs, z)):
+        for t in range(6):
+            v, own = push[sample, t], matrix.view(6, 16, 6, 16)[t, :, t]
+            rates.append(((v + STEP * own @ v).norm() / v.norm()).item())
+    assert found.measured["rate_probe"] == pytest.approx(max(rates), rel=1e-9)
+    assert any(grad.abs().max() > 1e-6 for grad in found.grads.values())
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_a_penalty_of_a_compiled_model_has_the_models_own_names(part):
+    model, inputs, z = small()
+    plain = ContractionRate(target=0.3)(at(model, inputs, z), STEP, {}).grads
+    if part == "model":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.block = torch.compile(model.block, backend="eager")
+    found = ContractionRate(target=0.3)(at(model, inputs, z), STEP, {}).grads
+    assert found.keys() <= dict(model.named_parameters()).keys()
+    assert {name.replace("_orig_mod.", "") for name in found} == plain.keys()
+    assert all(torch.allclose(grad, plain[name.replace("_orig_mod.", "")]) for name, grad in found.items())
 
 
 # --- spectra of a causal block, token by token, and what else a fingerprint holds
