@@ -272,11 +272,9 @@ class _Storage:
 class CompiledJacobian:
     """J at a state, as `blocks.Jacobian`; products take several directions per sample, (B, K, T, C)."""
 
-    by_token = False  # single tokens' blocks are PyTorch's
-
     def __init__(self, compiled: CompiledBlock, cache: _Storage, z: Tensor):
         self.compiled, self.cache, self.columns = compiled, cache, 3 * compiled.width + compiled.hidden
-        self.at = z.shape
+        self.at, self.by_token = z.shape, compiled.block.layers.causal
         self.solved: tuple[_Held, Tensor] | None = None  # an adjoint state, and the derivatives behind its last product
 
     def _along(self, v: Tensor, several: bool = True) -> tuple[Tensor, int]:
@@ -289,12 +287,16 @@ class CompiledJacobian:
                               "are (B, K, T, C), to be contracted one at a time")
         return _plain(v), samples
 
-    def product(self, v: Tensor) -> Tensor:
+    def product(self, v: Tensor, own: bool = False) -> Tensor:
         v, samples = self._along(v)
         to = torch.empty_like(v)
-        self.compiled.library.eplib_product(self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, samples,
-                                            samples // self.cache.samples, _pointer(v), _pointer(to), torch.get_num_threads())
+        self.compiled.library.eplib_product(
+            self.cache.shape, _pointer(self.compiled.packed), self.cache.pointers, samples, samples // self.cache.samples,
+            int(own), _pointer(v), _pointer(to), torch.get_num_threads())
         return to
+
+    def token_product(self, v: Tensor) -> Tensor:
+        return self.product(v, own=True)
 
     def transposed(self, u: Tensor) -> Tensor:
         return self._back(u)[0]

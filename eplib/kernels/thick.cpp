@@ -478,11 +478,12 @@ struct Pass {
         }
     }
 
-    // J v of rows that make whole samples, v(i) (C), into `push`.
-    template <class State>
+    // J v of rows that make whole samples, v(i) (C), into `push`. own: of each row's token alone, J_tt v_t, the others held.
+    template <bool own, class State>
     void product(const std::vector<Row> &rows, State v) {
         const int R = rows.size(), NP = padded(N), CP = padded(C);
-        std::vector<float> turned(size_t(C) * TP), other(std::max(TP, D)), dn(size_t(R) * C), inputs(size_t(R) * (C + E));
+        std::vector<float> turned(own ? 0 : size_t(C) * TP), other(std::max(TP, D)), dn(size_t(R) * C);
+        std::vector<float> inputs(size_t(R) * (C + E));
         for (int i = 0; i < R; i++) {
             const size_t at = place(rows[i]);
             normalise_slope(v(i), cache.n + at * C, cache.inverse[at], &dn[i * C]);
@@ -496,7 +497,7 @@ struct Pass {
                 for (int t = 0; t < T; t++) {
                     float *y = &wide[size_t(start + t) * NP];
                     through_features({r.sample, t}, y);
-                    for (int h = 0; h < H; h++) tile({0, t}, h, y + C + h * D, turned.data());
+                    for (int h = 0; h < H && !own; h++) tile({0, t}, h, y + C + h * D, turned.data());
                 }
             const float *y = &wide[size_t(i) * NP], *slope = cache.slope + place(r) * E;
             const float *out = cache.out + place(r) * (C + E);
@@ -507,11 +508,14 @@ struct Pass {
                 const float *w = weight(r, h);
                 float *ds = slopes.data(), sum = 0;
                 scores(count, D, y + h * D, cache.k_tiles + tiles(r.sample, h), ds);
-                scores(count, D, cache.q + row(r, h), &turned[tiles(0, h)], other.data());
-                for (int j = 0; j < count; j += LANES) at(ds + j) = growth(r, h, w + j) * (at(ds + j) + at(&other[j]));
+                if (own) ds[r.token] += dot(D, cache.q + row(r, h), y + C + h * D);  // no key moves but its own
+                else scores(count, D, cache.q + row(r, h), &turned[tiles(0, h)], other.data());
+                for (int j = 0; j < count; j += LANES)
+                    at(ds + j) = growth(r, h, w + j) * (own ? at(ds + j) : at(ds + j) + at(&other[j]));
                 for (int j = 0; j < count; j++) sum += ds[j];
                 mixture(count, D, ds, 1, cache.v + row({r.sample, 0}, h), D, to + h * D);
-                mixture(count, D, w, 1, &wide[size_t(start) * NP + 2 * C + h * D], NP, other.data());
+                if (own) mixture(1, D, w + r.token, 1, y + 2 * C + h * D, D, other.data());
+                else mixture(count, D, w, 1, &wide[size_t(start) * NP + 2 * C + h * D], NP, other.data());
                 for (int d = 0; d < D; d++) to[h * D + d] += other[d] - sum * out[h * D + d];
             }
             for (int j = 0; j < E; j++) to[C + j] = y[3 * C + j] * slope[j];
@@ -807,11 +811,13 @@ void eplib_force(const Shape *s, const float *packed, const Cache *cache, int sa
     });
 }
 
-// J v and J^T u of whole samples, `repeat` of which share a cache. back (samples, T, 3 C + E) is zero on entry.
-void eplib_product(const Shape *s, const float *packed, const Cache *cache, int samples, int repeat, const float *v, float *to,
-                   int threads) {
+// J v and J^T u of whole samples, `repeat` of which share a cache; own: J_tt v_t of each token. back (samples, T, 3 C + E) is
+// zero on entry.
+void eplib_product(const Shape *s, const float *packed, const Cache *cache, int samples, int repeat, int own, const float *v,
+                   float *to, int threads) {
     in_groups(*s, packed, *cache, samples, repeat, to, threads, [&](Pass &pass, const auto &rows, const auto &at) {
-        pass.product(rows, [&](int i) { return v + at[i]; });
+        if (own) pass.product<true>(rows, [&](int i) { return v + at[i]; });
+        else pass.product<false>(rows, [&](int i) { return v + at[i]; });
     });
 }
 
