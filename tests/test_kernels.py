@@ -44,6 +44,8 @@ def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, l
         ours, theirs = compiled.linearise(z, x), block.linearise(z, x)
         assert close(compiled(z, x), block(z, x))
         assert close(ours.product(v), theirs.product(v))
+        assert close(ours.token_product(v), theirs.token_product(v))
+        assert ours.by_token == theirs.by_token == causal
         assert close(ours.transposed(v), theirs.transposed(v))
         grads, truth = ours.contract(v)[0], theirs.contract(v)[0]
         assert set(grads) == set(truth)
@@ -150,9 +152,9 @@ def test_the_free_state_brings_its_force_and_its_linearisation(monkeypatch):
         monkeypatch.setattr(kernels.CompiledBlock, "_evaluate", None)
         assert compiled(z.unsqueeze(1), x.unsqueeze(1)).shape == (*z.shape[:1], 1, *z.shape[1:])
         monkeypatch.undo()
-        assert compiled.linearise(z, x) is compiled.settled[1]
+        assert compiled.linearise(z, x).cache is compiled.settled[1]
         assert close(compiled.linearise(z, x).transposed(v), block.linearise(z, x).transposed(v))
-        assert compiled.linearise(z.clone(), x) is not compiled.settled[1]
+        assert compiled.linearise(z.clone(), x).cache is not compiled.settled[1]
 
 
 def test_results_do_not_depend_on_threads_or_neighbours():
