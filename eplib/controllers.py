@@ -143,8 +143,7 @@ class ContractionRate:
         if _counted(carried, "calls") % self.every:
             return Outcome({}, {}, 0)
         with torch.no_grad():
-            # the probing itself may be the kernel's; single tokens' blocks are PyTorch's
-            jacobian = _graph(problem) if tokens else problem.jacobian
+            jacobian = problem.jacobian
             if tokens and not getattr(jacobian, "by_token", False):
                 raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal blocks.Thick, "
                                 "Attractor or Thin, not altered since it was built, or per=\"sample\"")
@@ -154,7 +153,7 @@ class ContractionRate:
         grads, value, cost = _above(problem, above, self.probes,
                                     lambda jacobian: self._rate(jacobian, probe[above], step) - self.target, self.strength)
         measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
-        cost += FORCE + (self.products + 2 * self.probes - 1) * PRODUCT + LINEARISATION * tokens  # the probe and what it sees
+        cost += FORCE + (self.products + 2 * self.probes - 1) * PRODUCT  # the probe and what it sees
         return Outcome(grads, measured, math.ceil(cost))
 
     def _probe(self, problem: Problem, jacobian: Any, step: float) -> Tensor:
