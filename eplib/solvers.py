@@ -69,8 +69,11 @@ def norm(a: Tensor) -> Tensor:
 
 
 def relative_force(force: Tensor, state: Tensor) -> Tensor:
-    """The residual ||F(z)|| / ||z|| of each sample, not multiplied by a step: (B,)."""
-    return norm(force) / norm(state).clamp_min(torch.finfo(state.dtype).tiny)
+    """The residual ||F(z)|| / ||z|| of each sample, not multiplied by a step: (B,). Of a state at zero it is finite still, and
+    zero only where the force is."""
+    size, push = norm(state), norm(force)
+    limits = torch.finfo(state.dtype)
+    return push / torch.maximum(size, limits.eps * push).clamp_min(limits.tiny)
 
 
 def refuse_rounding(a: Tensor) -> None:

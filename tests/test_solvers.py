@@ -317,3 +317,13 @@ def test_complex_states_are_solved_like_pairs_of_real_ones(kind):
 def test_out_of_range_is_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Relaxation(**values)
+
+
+@pytest.mark.parametrize("solver", [Relaxation(step=0.5), Anderson(step=0.5), Snapshot(step=0.5)])
+def test_a_phase_may_start_at_zero(solver):
+    """Where the residual, relative to the state, has no unit of its own."""
+    target = torch.full((3, 4), 2.0)
+    solution = solver.solve(lambda z: target - z, torch.zeros(3, 4))
+    assert solution.status.usable and torch.allclose(solution.value, target, atol=1e-3)
+    rest = solver.solve(lambda z: -z, torch.zeros(3, 4))
+    assert (rest.residual == 0).all() and (rest.value == 0).all()
