@@ -29,7 +29,8 @@ def to_json(value: Any) -> bytes:
 
 
 def to_csv(rows: Iterable[dict[str, Any]]) -> bytes:
-    """Rows (gone through twice) under the union of their keys, in the order of appearance; floats with nine digits, what a row lacks is empty."""
+    """Rows, gone through twice, under the union of their keys in the order of appearance; floats with nine digits, what a row
+    lacks is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
