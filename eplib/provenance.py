@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy
 import torch
 
-SOURCE = ("blocks", "calculus", "config", "contrast", "controllers", "data", "diagnostics", "estimators", "evaluation",
-          "files", "horizons", "kernels/__init__", "log", "models", "runconfig", "solvers", "spectra", "starts", "tasks", "training")
+SOURCE = ("baselines", "blocks", "calculus", "config", "contrast", "controllers", "data", "diagnostics", "entry", "estimators",
+          "evaluation", "files", "horizons", "intact", "kernels/__init__", "log", "models", "propagation", "runconfig",
+          "solvers", "spectra", "starts", "tasks", "training")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 
 

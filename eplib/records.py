@@ -5,7 +5,8 @@
     results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors
     results/<profile>/machine/runs/<experiment>/<name>-<digest>/ machine.json timing.csv   (times and host, kept apart)
 
-The digest is that of the whole configuration, so a changed configuration can never show an old result.
+The digest is that of what differs from the defaults, and config.json is whole: a changed configuration, or default, never shows
+an old result, and an option that is added with a default leaves every run where it is.
 """
 
 import gzip
@@ -15,6 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy
 from torch import Tensor
 
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, paired, spread
-from .config import ConfigurationError, digest, parse, plain
+from .config import ConfigurationError, digest, parse, plain, sparse
 from .diagnostics import adaptive_compute
 from .files import leftovers, write_atomically
 from .formats import to_csv, to_json
@@ -133,7 +135,8 @@ class Store:
             folder = self.results / part / experiment
             for path in folder.iterdir() if folder.exists() else ():
                 if path.name not in wanted and path.is_dir() and not path.is_symlink() and RUN.fullmatch(path.name):
-                    shutil.rmtree(path)
+                    with suppress(FileNotFoundError):  # another command prunes as well
+                        shutil.rmtree(path)
                     gone.add(path.name)
             for path in leftovers(folder):
                 path.unlink(missing_ok=True)
@@ -186,7 +189,7 @@ class Store:
         return self.checkpoints / "leases" / config.experiment / f"{self._place(config).folder.name}.json"
 
     def _place(self, config: RunConfig) -> Run:
-        name = f"{config.name}-{digest(plain(config))}"
+        name = f"{config.name}-{digest(sparse(config))}"
         return Run(config, self.results / "runs" / config.experiment / name,
                    self.results / "weights" / config.experiment / name)
 

@@ -38,11 +38,11 @@ class Text:
 
 @configuration
 class Architecture:
-    """Shape of the model. `context` is the length of a text sequence; images have as many tokens as patches."""
+    """Shape of the model. `context` is the length of a text sequence; images have none but as many tokens as patches."""
 
     width: Positive = 64
     heads: Positive = 4
-    context: Positive = 64
+    context: Positive | None = None
     block: Block
 
 
@@ -121,6 +121,9 @@ class RunConfig:
                              "with Backprop, an equilibrium block with any other estimator")
         if self.model.block.causal != isinstance(self.data, Text):
             raise ValueError("block.causal must be true for Text and false for Mnist")
+        if isinstance(self.data, Text) != (self.model.context is not None):
+            raise ValueError(f"model.context = {self.model.context} for {self.data.kind}: a text needs the length of its "
+                             "sequences, images have as many tokens as patches; give a context to Text and none to Mnist")
         if any(step > self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
         if self.audit_every and not self.estimator.equilibrium:

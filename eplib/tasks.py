@@ -59,7 +59,7 @@ class TextTask:
     and `held_out` are the ids (N,) of the two parts of the corpus."""
 
     def __init__(self, config: RunConfig, root: Path):
-        assert isinstance(config.data, Text)
+        assert isinstance(config.data, Text) and config.model.context
         self.config, self.data, self.context = config, config.data, config.model.context
         self.text = corpora.text(self.data.corpus, self.data.tokens, root)
         self.vocab, ids = self.text.vocab, torch.from_numpy(self.text.ids)
@@ -74,7 +74,7 @@ class TextTask:
 
     def model(self) -> EquilibriumModel:
         shape = self.config.model
-        return LanguageModel(vocab=self.vocab, width=shape.width, heads=shape.heads, context=shape.context, block=shape.block)
+        return LanguageModel(vocab=self.vocab, width=shape.width, heads=shape.heads, context=self.context, block=shape.block)
 
     def encode(self, prompt: str) -> Tensor:
         """Ids (T,) of a prompt. Raises `eplib.data.DataError` for what the vocabulary lacks, or the training split: a model has

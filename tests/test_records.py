@@ -18,9 +18,9 @@ import yaml
 from scipy import stats
 
 from eplib import data, diagnostics, formats, profiles, provenance, records
-from eplib.config import ConfigurationError, digest, plain
+from eplib.config import ConfigurationError, digest, parse, plain, sparse
 from eplib.records import Run, Store, configurations
-from eplib.training import Optimiser, OutOfTime
+from eplib.training import Optimiser, OutOfTime, RunConfig
 from pipelines import horizon, stages, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
@@ -61,7 +61,7 @@ def recorded(root):
 
 def test_a_run_is_found_by_name_and_digest_and_not_trained_twice(recorded, monkeypatch):
     store, run, wanted = recorded
-    assert run.folder.name == f"ep-lr0.01-seed0-{digest(plain(wanted))}" and run.folder.parent.name == "tiny"
+    assert run.folder.name == f"ep-lr0.01-seed0-{digest(sparse(wanted))}" and run.folder.parent.name == "tiny"
     assert json.loads((run.folder / "config.json").read_text()) == plain(wanted)
     assert set(run.provenance) == {"source", "backend", "torch", "numpy", "python"} and run.current
     assert run.provenance["backend"] == "torch"  # no kernel for a width of 8
@@ -92,9 +92,9 @@ def test_key_order_does_not_matter(root):
     def turned(value):
         return {key: turned(item) for key, item in reversed(value.items())} if isinstance(value, dict) else value
 
-    before = {run.arm: digest(plain(run)) for run in configurations("x", "tiny", root)}
+    before = {run.arm: digest(sparse(run)) for run in configurations("x", "tiny", root)}
     write_profile(root, yaml.safe_dump({"runs": {"tiny": [turned(family) for family in families]}}, sort_keys=False))
-    assert {run.arm: digest(plain(run)) for run in configurations("x", "tiny", root)} == before
+    assert {run.arm: digest(sparse(run)) for run in configurations("x", "tiny", root)} == before
 
 
 def test_weights_are_given_back_in_the_model_or_missed_with_instructions(recorded, root):
@@ -358,6 +358,21 @@ def test_the_profiles_of_the_repository_are_valid(profile):
     groups = profiles.load_profile(profile)["runs"]
     found = {group: configurations(profile, group) for group in groups}
     assert found and all(found.values())
+
+
+def test_every_recorded_run_of_the_paper_profile_is_one_that_it_names():
+    """In its folder's name is the digest of its configuration, which parses today and is the profile's."""
+    store = Store("paper")
+    wanted = {(config.experiment, store._place(config).folder.name): config
+              for experiment in profiles.load_profile("paper")["runs"] for config in configurations("paper", experiment)}
+    recorded = sorted((store.results / "runs").glob("*/*"))
+    assert len(recorded) >= 385
+    for folder in recorded:
+        found = parse(RunConfig, json.loads((folder / "config.json").read_text()), str(folder))
+        assert folder.name == f"{found.name}-{digest(sparse(found))}"
+        assert wanted[folder.parent.name, folder.name] == found and store.find(found)
+    for folder in (store.results / "machine" / "runs").glob("*/*"):
+        assert (folder.parent.name, folder.name) in wanted
 
 
 # --- the command
