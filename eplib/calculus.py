@@ -551,8 +551,8 @@ def _backward(value: Tensor, to: list[Tensor], u: Tensor, keep: bool) -> tuple[T
 class AutomaticSlope(Derivative):
     """J of any block by automatic differentiation, where none by hand fits.
 
-    Two graphs are kept: of F, through which a product with J^T is one backward pass, and of J^T u, which is linear in u, so that
-    a product with J is one too.
+    Two graphs are kept: of F, through which a product with J^T is one backward pass, and of J^T u, which is linear in u, so
+    that a product with J is one too.
     """
 
     def __init__(self, block: nn.Module, z: Tensor, x: Tensor):

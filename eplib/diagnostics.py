@@ -259,22 +259,21 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
     first. And `accuracy` in percent.
     """
     generator = torch.Generator().manual_seed(0)
-    taken, settled, margins, right = [], [], [], []
+    rows = []
     for inputs, targets in batches:
         if noise:
             inputs = inputs + noise * torch.randn(inputs.shape, generator=generator).to(inputs)
-        state, total, steps, reached = None, 0, [], []
+        state: Tensor | None = None
+        total, steps, reached = torch.zeros((), dtype=torch.long), [], []
         for tol in tolerances:  # one relaxation, read where it passes each residual
             phase = model.settle(inputs, Relaxation(step=step, max_steps=max_steps, tol=tol), state)
-            state, total = phase.value, total + phase.steps
+            state, total = phase.value, phase.steps + total
             steps.append(total)
             reached.append(phase.residual <= tol)
-        best = model.logits(model.block.output(state)).topk(2)
-        taken.append(torch.stack(steps, -1))
-        settled.append(torch.stack(reached, -1))
-        margins.append(best.values[:, 0] - best.values[:, 1])
-        right.append(best.indices[:, 0] == targets)
-    taken, settled, margins, right = (torch.cat(part).cpu() for part in (taken, settled, margins, right))
+        best = model.logits(model.block.output(phase.value)).topk(2)
+        rows.append((torch.stack(steps, -1), torch.stack(reached, -1), best.values[:, 0] - best.values[:, 1],
+                     best.indices[:, 0] == targets))
+    taken, settled, margins, right = (torch.cat(part).cpu() for part in zip(*rows, strict=True))
     tenth = (ranks(margins) * 10 / len(margins)).long()
     found: dict[str, Any] = {"accuracy": 100 * right.double().mean().item()}
     for index, tol in enumerate(tolerances):
@@ -298,8 +297,8 @@ def attention_distance(jacobian: Any) -> Tensor:
     Raises TypeError for a derivative without attention weights of its own: that of a stack or an automatic one.
     """
     if not isinstance(jacobian, Jacobian):
-        raise TypeError(f"{type(jacobian).__name__} holds no attention weights; attention_distance is for the derivative by hand "
-                        "of blocks.Thick, Attractor, Thin and LinearAttention")
+        raise TypeError(f"{type(jacobian).__name__} holds no attention weights; attention_distance is for the derivative by "
+                        "hand of blocks.Thick, Attractor, Thin and LinearAttention")
     weights = jacobian.attention.weights  # (B, H, T, T)
     places = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
     return (weights * (places[:, None] - places).abs()).sum(-1).mean((-2, -1))
@@ -335,7 +334,7 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
         "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(),
         "transient_growth": spectra.transient_growth(jacobian, z, step).max().item(),
         "asymmetry_radius": rho.max().item(), "asymmetry_radius_residual": residual.max().item()}
-    if exact.grads is not None:
+    if exact.grads is not None and exact.adjoint is not None:
         found["asymmetry"] = asymmetry(jacobian, exact.adjoint)
         if plain.grads is not None:
             found["cosine_uncorrected"] = agreement(without_readout(plain.grads), without_readout(exact.grads))["total"].cosine
@@ -351,7 +350,7 @@ class LiveBytes(TorchDispatchMode):
     Temporaries inside one kernel are not tensors and are not seen.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
@@ -360,7 +359,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
         self._known.discard(key)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Log:
         self.words: dict[str, list[str]] = {}
         self.length = 0
 
-    def append(self, row: dict[str, Value]) -> None:
+    def append(self, row: Mapping[str, Value]) -> None:
         """Takes in a row; a name that no row had before becomes a column."""
         for name, value in row.items():
             if name not in self.columns:

@@ -215,7 +215,7 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
         return evaluate(model, trainer.task, solver, backend=trainer.backend, start=start)
 
     above = ~(rows.column("free_residual_max") <= EXCURSION)
-    best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
+    best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(float(row["loss"])) else math.inf)
     rates = progress.curve.column("rate_arnoldi")
     rates = rates[~numpy.isnan(rates)]
     counts = {name: int(rows.column(name).sum())

@@ -121,18 +121,19 @@ class Trainer:
             "beta": getattr(estimator, "beta", None) or math.nan,
             "asymmetry": self._asymmetry(inputs, report) if self._evaluates(step + 1) else math.nan,
             "gated": int(gated), "gated_nudged": int(gated_nudged)}
-        audit = {"audit_evaluations": 0}
+        audit: dict[str, float] = {"audit_evaluations": 0}
         if config.audit_every is not None and (step + 1) % config.audit_every == 0:
             audit = self._audit(inputs, targets, estimator, report)
-        usable = report.grads is not None and math.isfinite(report.loss) and not gated and not gated_nudged
+        task = report.grads if math.isfinite(report.loss) and not gated and not gated_nudged else None
         rate = config.optimiser.rate(step, config.steps)
-        norm, updated = self._update(report.grads if usable else {}, report.penalty_grads, rate)
+        norm, updated = self._update(task or {}, report.penalty_grads, rate)
         if self.average is not self.model:
             # the average forgets its start: early in training it follows the weights closely
             decay = min(config.optimiser.ema, (1 + step) / (10 + step))
             for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(value.detach(), 1 - decay)
-        row |= {"task_gradient": int(usable and updated), "skipped": int(not updated), "gradient_norm": norm, "lr": rate} | audit
+        row |= {"task_gradient": int(task is not None and updated), "skipped": int(not updated), "gradient_norm": norm,
+                "lr": rate} | audit
         if taken := sorted(row.keys() & report.measured.keys()):
             raise ValueError(f"the estimator or a penalty measures {', '.join(taken)}, a column of the log already; rename it")
         self.progress.step += 1
@@ -216,7 +217,7 @@ class Trainer:
                 header = file.metadata() or {}
                 if json.loads(header.get("config", "null")) != plain(self.config):
                     raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118  (the file itself is not iterable)
                     part, name = key.split(".", 1)
                     parts[part][name] = file.get_tensor(key)
         except SafetensorError as error:

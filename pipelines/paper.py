@@ -155,7 +155,7 @@ def compile_with(content: Path, root: Path, query: str = "") -> Any:
     message."""
     import typst
 
-    common = {
+    common: dict[str, Any] = {
         "root": str(root),
         "sys_inputs": {"content": f"/{content.relative_to(root)}"},
         "ignore_system_fonts": True,

@@ -11,7 +11,7 @@ from eplib import blocks, diagnostics, estimators, models, spectra
 from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven, ResidualPenalty
 from eplib.estimators import Problem
 from eplib.solvers import Relaxation, norm
-from systems import linear_system, linear_batch, transformer
+from systems import linear_batch, linear_system, transformer
 
 STEP = 0.5
 SETTLE = Relaxation(step=0.3, max_steps=12, tol=0.0)  # not settled: the last push is still large enough to be a probe
@@ -407,7 +407,7 @@ def settled(kind="language"):
 
 
 def test_the_spectrum_of_a_causal_block_is_that_of_its_tokens():
-    model, inputs, _, z, jacobian, matrices = settled()
+    _, _, _, z, jacobian, matrices = settled()
     found = spectra.token_spectra(jacobian, z)
     for values, matrix in zip(found, matrices, strict=True):
         truth = list(torch.linalg.eigvals(matrix))
@@ -419,7 +419,7 @@ def test_the_spectrum_of_a_causal_block_is_that_of_its_tokens():
 
 @pytest.mark.parametrize("kind", ["language", "image"])
 def test_matrix_free_measures_equal_the_dense_ones(kind):
-    model, inputs, _, z, jacobian, matrices = settled(kind)
+    _, _, _, z, jacobian, matrices = settled(kind)
     size = z[0].numel()
     leading = spectra.eigenvalues(jacobian, z, size)
     abscissa = spectra.numerical_abscissa(jacobian, z)

@@ -108,7 +108,7 @@ def test_what_a_block_does_not_have_is_refused_by_name():
             diagnostics.singular_radii(model, z, z)
     model, inputs, _ = small(blocks.Thick())
     model.block.layers.w1.register_forward_hook(lambda *rest: None)
-    with pytest.raises(TypeError, match="layers.w1 has hooks"):
+    with pytest.raises(TypeError, match=r"layers.w1 has hooks"):
         diagnostics.singular_radii(model, model.clamp(inputs).detach(), model.clamp(inputs).detach())
 
 

@@ -459,7 +459,7 @@ def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "compiler", lambda: None)
     kernels.library.cache_clear()
     try:
-        with pytest.raises(kernels.KernelError, match="python -m eplib.kernels"):
+        with pytest.raises(kernels.KernelError, match=r"python -m eplib.kernels"):
             kernels.CompiledBlock(system()[0])
         with pytest.raises(kernels.KernelError, match="no C\\+\\+ compiler"):
             kernels.build()
@@ -468,7 +468,7 @@ def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
     (tmp_path / "broken.cpp").write_text("int main( {")
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "SOURCE", tmp_path / "broken.cpp")
-    with pytest.raises(kernels.KernelError, match="could not compile broken.cpp"):
+    with pytest.raises(kernels.KernelError, match=r"could not compile broken.cpp"):
         kernels.build()
     assert not any((tmp_path / "build").iterdir())
 

@@ -262,9 +262,9 @@ def test_a_reference_is_drawn_only_where_comparable():
 
 
 def test_unknown_methods_and_widths_are_named():
-    with pytest.raises(ValueError, match="'bakprop'.*backprop"):
+    with pytest.raises(ValueError, match=r"'bakprop'.*backprop"):
         plotting.label("bakprop")
-    with pytest.raises(ValueError, match="'half'.*column"):
+    with pytest.raises(ValueError, match=r"'half'.*column"):
         plotting.figure("half")
 
 

@@ -108,9 +108,9 @@ def test_a_parameters_cell_that_cannot_be_checked_is_refused(text, words):
 
 
 def test_unknown_notebook_and_profile_are_named_with_those_there_are(tree):
-    with pytest.raises(PipelineError, match="'tyo'.*toy"):
+    with pytest.raises(PipelineError, match=r"'tyo'.*toy"):
         notebook.load_notebook("tyo", tree)
-    with pytest.raises(PipelineError, match="'qiuck'.*quick"):
+    with pytest.raises(PipelineError, match=r"'qiuck'.*quick"):
         common.load_profile("qiuck", tree)
 
 
@@ -315,7 +315,7 @@ def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
     saved["cells"].append({**saved["cells"][2], "source": ["2 + 2"]})
     path.write_text(json.dumps(saved, indent=1))
     assert "cells.-1.source" in str(status())
-    with pytest.raises(PipelineError, match="pipelines.stages --write"):  # the first command of the stage
+    with pytest.raises(PipelineError, match=r"pipelines.stages --write"):  # the first command of the stage
         stages.check_notebook("toy", "quick", tree)
 
 

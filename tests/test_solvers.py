@@ -230,11 +230,11 @@ def test_mixed_precision_gives_the_same_gradient_and_never_rounds_a_contrast(mon
 def test_mixed_precision_is_refused_where_it_would_do_nothing(compiled_kernel):
     model, inputs, targets = transformer(init=0.5)
     for estimator in (estimators.DyadicEP(), estimators.AsymEP()):
-        with pytest.raises(ValueError, match="MixedPrecision is for float32 states and would do nothing to torch.float64"):
+        with pytest.raises(ValueError, match=r"MixedPrecision is for float32 states and would do nothing to torch.float64"):
             eplib.gradient(model, inputs, targets, estimator=estimator, solver=Anderson(), nudged=MixedPrecision())
     model = model.float()
     for phases in ({"solver": MixedPrecision()}, {"solver": Anderson(), "nudged": MixedPrecision()}):
-        with pytest.raises(ValueError, match="MixedPrecision .* would do nothing to the compiled kernel"):
+        with pytest.raises(ValueError, match=r"MixedPrecision .* would do nothing to the compiled kernel"):
             eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), backend="compiled", **phases)
 
 

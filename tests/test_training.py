@@ -27,8 +27,18 @@ from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, Residu
 from eplib.data import RawFile
 from eplib.records import Store, summarise
 from eplib.solvers import Relaxation
-from eplib.training import (Architecture, Mnist, Optimiser, OutOfTime, RunConfig, Text, Trainer, build_model,
-                            build_task, evaluate)
+from eplib.training import (
+    Architecture,
+    Mnist,
+    Optimiser,
+    OutOfTime,
+    RunConfig,
+    Text,
+    Trainer,
+    build_model,
+    build_task,
+    evaluate,
+)
 from pipelines import data as preparing
 
 REAL_MNIST = eplib.data.mnist
@@ -213,7 +223,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(root, tmp_path):
     whole = trainer.checkpoint.read_bytes()
     for content in (b"", whole[:100], whole[:-1], b"\xff" * 64):
         trainer.checkpoint.write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged .*remove it"):
+        with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged .*remove it"):
             Trainer(config(), tmp_path, root / "data")
     trainer.checkpoint.write_bytes(whole)
     with pytest.raises(ValueError, match="belongs to another configuration"):
