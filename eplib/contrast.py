@@ -303,7 +303,7 @@ def _in_rounds(problem: Problem, solver: Solver, nudges: Tensor, allowed: Tensor
         push = problem.force(states) - rest - nudges * slope
         evaluations += many
         if held is not None:
-            away = response.unsqueeze(1) if first else states - centre
+            away = response.unsqueeze(1) if first and response is not None else states - centre
             push = push - asymmetric(held, away) * (-nudges if first else 1)
             evaluations += 2 * away.shape[1]
         first = False

@@ -27,7 +27,8 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
         raise ValueError(f"{name} has a second phase; give nudged, the solver of it")
     chosen = chosen if steps is None else chosen.limited(steps)
     if chosen.max_steps < 1:
-        raise ValueError(f"{name} has a second phase, which {chosen.kind} with no steps would leave where it starts; give nudged")
+        raise ValueError(f"{name} has a second phase, which {chosen.kind} with no steps would leave where it starts; give "
+                         "nudged")
     return chosen
 
 
@@ -54,7 +55,8 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
     if model.block.explicit and not estimator.explicit:
         raise TypeError(f"{name} needs an equilibrium block, got {block}; train blocks.Feedforward with Backprop")
     if estimator.explicit and not model.block.explicit:
-        raise TypeError(f"{name} needs a feedforward block, got {block}; use BPTT(steps=...) to backpropagate through a relaxation")
+        raise TypeError(f"{name} needs a feedforward block, got {block}; use BPTT(steps=...) to backpropagate through a "
+                        "relaxation")
     if backend == "compiled" and not estimator.compiled:
         raise ValueError(f"the compiled kernel computes nothing of {name}; use backend=\"torch\"")
 
@@ -62,8 +64,8 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
 def refuse_start(estimator: Any, start: Tensor | LinearStart | None) -> None:
     """Raises ValueError for a start given to an estimator whose steps begin at the block's own."""
     if start is not None:
-        raise ValueError(f"{type(estimator).__name__} begins at the block's own start state, so start={type(start).__name__} would "
-                         "do nothing; leave it out")
+        raise ValueError(f"{type(estimator).__name__} begins at the block's own start state, so start={type(start).__name__} "
+                         "would do nothing; leave it out")
 
 
 def first_state(start: Tensor | LinearStart | None, block: Any, x: Tensor, carried: dict[str, Tensor]) -> Tensor | None:

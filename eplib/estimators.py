@@ -48,8 +48,9 @@ class Report:
         """What left no gradient: a phase, or the gradient itself, in which something was not finite."""
         if self.grads is not None:
             return None
-        return next((name for name, phase in (("free", self.free), ("nudged", self.nudged))
-                     if phase and not phase.status.usable), "gradient")
+        if not self.free.status.usable:
+            return "free"
+        return "nudged" if self.nudged and not self.nudged.status.usable else "gradient"
 
     @property
     def status(self) -> Status:
@@ -79,10 +80,7 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     state = dict(state or {})
     if not estimator.equilibrium:
         refuse_start(estimator, start)
-        loss, grads, free = finite_horizon(model, inputs, targets, estimator, solver, backend)
-        with torch.no_grad():
-            problem = Problem(model, inputs, targets, model.clamp(inputs), free.value, state)
-        report = Report(loss, _finite(grads), free, None, {}, {"force_evaluations": estimator.cost(model)}, state)
+        report, problem = _unrolled(model, inputs, targets, estimator, solver, state, backend)
     else:
         with torch.no_grad():
             x, dynamics = model.clamp(inputs), model.dynamics(backend)
@@ -96,14 +94,15 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
 
 def at_state(model: EquilibriumModel, inputs: Tensor, targets: Tensor, state: Tensor, estimator: Estimator,
              nudged: Solver | None = None, *, backend: Backend = "torch", carried: dict | None = None) -> Report:
-    """The estimator's gradient at a given free state (B, ...), settled or not, without a free phase of its own: `report.free` is
-    that state, evaluated once.
+    """The estimator's gradient at a given free state (B, ...), settled or not, without a free phase of its own: `report.free`
+    is that state, evaluated once.
 
     nudged: the solver of the estimator's second phase. carried: the state of an earlier report. Raises as `gradient` does, and
     TypeError for an estimator without an equilibrium.
     """
     if not estimator.equilibrium:
-        raise TypeError(f"{type(estimator).__name__} differentiates a finite number of steps and has no gradient at a given state")
+        raise TypeError(f"{type(estimator).__name__} differentiates a finite number of steps and has no gradient at a given "
+                        "state")
     second = second_phase(estimator, None, nudged)
     check(model, inputs, targets, estimator, backend)
     with torch.no_grad():
@@ -113,7 +112,16 @@ def at_state(model: EquilibriumModel, inputs: Tensor, targets: Tensor, state: Te
     return _penalised(_estimated(problem, free, estimator, second), problem, (), 0.0)
 
 
-def _estimated(problem: Problem, free: Solution, estimator: Estimator, solver: Solver | None) -> Report:
+def _unrolled(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: Any, solver: Solver, state: dict,
+              backend: Backend) -> tuple[Report, Problem]:
+    """The task's part of the report of an estimator without an equilibrium."""
+    loss, grads, free = finite_horizon(model, inputs, targets, estimator, solver, backend)
+    with torch.no_grad():
+        problem = Problem(model, inputs, targets, model.clamp(inputs), free.value, state)
+    return Report(loss, _finite(grads), free, None, {}, {"force_evaluations": estimator.cost(model)}, state), problem
+
+
+def _estimated(problem: Problem, free: Solution, estimator: Any, solver: Solver | None) -> Report:
     """The task's part of the report at a free state."""
     if not free.status.usable:
         return Report(math.nan, None, free, None, {}, {"force_evaluations": free.evaluations}, problem.carried)
@@ -136,7 +144,9 @@ def _finite(grads: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
 def _penalised(report: Report, problem: Problem, penalties: tuple, step: float) -> Report:
     """With the penalties' gradients, measurements and carried tensors, and everything counted; a free phase that failed has
     none."""
-    measured, grads, kinds, owner = dict(report.measured), {}, Counter(), dict.fromkeys(report.measured, "the estimator")
+    measured, owner = dict(report.measured), dict.fromkeys(report.measured, "the estimator")
+    grads: dict[str, Tensor] = {}
+    kinds: Counter[str] = Counter()
     for index, penalty in enumerate(penalties if report.free.status.usable else (), 1):
         kind, own = type(penalty).__name__, f"penalty{index}."
         kinds[kind] += 1

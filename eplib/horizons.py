@@ -22,6 +22,14 @@ class FiniteHorizon(Uses):
 
     equilibrium = second_phase = False
 
+    def cost(self, model: EquilibriumModel) -> int:
+        """In force evaluations."""
+        raise NotImplementedError
+
+    def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
+        """The last state, with the graph that leads to it."""
+        raise NotImplementedError
+
     def differentiate(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
                       dynamics: Any) -> Differentiated:
         """By PyTorch, through a graph of everything that `unroll` computes."""
@@ -45,7 +53,6 @@ class BPTT(FiniteHorizon):
     window: Steps | None = None
 
     def cost(self, model: EquilibriumModel) -> int:
-        """In force evaluations."""
         return FORCE * self.steps + BACKWARD * min(self.window or self.steps, self.steps)
 
     def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
@@ -69,7 +76,8 @@ class BPTT(FiniteHorizon):
         """By the chain rule written out, without a graph: u_k-1 = u_k + step J(z_k-1)^T u_k from u = g at the last state, each
         u_k contracted with what z_k-1 makes of the weights."""
         x = model.clamp(inputs)
-        z, kept, total, into = dynamics.start(x), [], {}, torch.zeros_like(x)
+        z, kept, into = dynamics.start(x), [], torch.zeros_like(x)
+        total: dict[str, Tensor] = {}
         for step in range(self.steps):
             if self.window is not None and step < self.steps - self.window:
                 z = z + solver.step * dynamics(z, x)

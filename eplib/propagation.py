@@ -21,8 +21,21 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .config import configuration
-from .contrast import FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, Nudging, Problem, Steps, Uses, asymmetric, contrast, \
-    lanes, real_points
+from .contrast import (
+    FORCE,
+    LINEARISATION,
+    PRODUCT,
+    Adjoint,
+    Beta,
+    Nudging,
+    Problem,
+    Steps,
+    Uses,
+    asymmetric,
+    contrast,
+    lanes,
+    real_points,
+)
 from .solvers import Solver, norm
 
 CORRECTED = FORCE + 2 * PRODUCT  # a trajectory's step under F - (J - J^T)(z - z*)
@@ -126,13 +139,13 @@ class Tracking(Uses):
 
         linear = None
         if self.warm:
-            closer = replace(solver, tol=solver.tol / 2) if solver.tol else solver
+            closer = replace(solver, tol=solver.tol / 2) if solver.tol else solver  # type: ignore[arg-type]  # others have tol = 0
             linear = closer.adjoint(problem.jacobian, problem.slope, problem.scale)
             if not linear.status.usable:
                 return Adjoint(linear.value, linear, None, PRODUCT * linear.evaluations)
         found = contrast(problem, *real_points(problem, self.beta, "symmetric"), solver, correction,
                          cost=2 * FORCE + 2 * PRODUCT + (0 if self.held else LINEARISATION),
-                         response=linear and linear.value, held=problem.jacobian if self.held else None)[0]
+                         response=linear.value if linear else None, held=problem.jacobian if self.held else None)[0]
         return replace(found, evaluations=found.evaluations + PRODUCT * linear.evaluations) if linear else found
 
 
@@ -163,17 +176,18 @@ class DyadicEP(Uses):
         if self.held:
             phase = solver.adjoint(problem.jacobian, problem.slope, problem.scale)
             return Adjoint(phase.value, phase, None, PRODUCT * phase.evaluations)
-        nudge, scale = self.beta * problem.slope, self.beta * problem.scale
+        assert self.beta is not None  # by _fits
+        beta, scale = self.beta, self.beta * problem.scale
 
         def force(pair: Tensor) -> Tensor:
             middle, half = pair.unbind(1)
-            push = problem.linearise(middle).transposed(half) - self.beta * problem.loss_slope(middle)
+            push = problem.linearise(middle).transposed(half) - beta * problem.loss_slope(middle)
             return torch.stack([problem.force(middle), push], 1)
 
-        phase = solver.solve(force, torch.stack([problem.state, torch.zeros_like(nudge)], 1),
+        phase = solver.solve(force, torch.stack([problem.state, torch.zeros_like(problem.state)], 1),
                              lambda push, _: norm(push[:, 1]) / scale)
         half = phase.value[:, 1]
-        return Adjoint(-half / self.beta, phase, norm(half) / norm(problem.state),
+        return Adjoint(-half / beta, phase, norm(half) / norm(problem.state),
                        (FORCE + LINEARISATION + PRODUCT) * phase.evaluations)
 
 

@@ -1,7 +1,7 @@
 """What a training run is, as one validated configuration: data, model, estimator, solvers, controllers, optimiser, budget."""
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -142,5 +142,6 @@ class RunConfig:
         """The estimator of update `step` (from 0), with its annealed beta."""
         if self.anneal is None:
             return self.estimator
-        first = self.estimator.beta
-        return replace(self.estimator, beta=first + (self.anneal - first) * step / max(1, self.steps - 1))
+        estimator: Any = self.estimator  # one that has a beta, by _fits
+        first = estimator.beta
+        return replace(estimator, beta=first + (self.anneal - first) * step / max(1, self.steps - 1))

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -77,11 +77,11 @@ def relative_force(force: Tensor, state: Tensor) -> Tensor:
 
 
 def refuse_rounding(a: Tensor) -> None:
-    """Raises ValueError where numbers are rounded to half precision: a residual of 1e-4 and the difference of two nudged states
-    are below it."""
+    """Raises ValueError where numbers are rounded to half precision: a residual of 1e-4 and the difference of two nudged
+    states are below it."""
     if a.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"a phase does not settle in {a.dtype}, got weights or states of it; call model.float(), and for speed "
-                         "take solvers.MixedPrecision")
+        raise ValueError(f"a phase does not settle in {a.dtype}, got weights or states of it; call model.float(), and for "
+                         "speed take solvers.MixedPrecision")
     if torch.is_autocast_enabled(a.device.type):
         raise ValueError(f"torch.autocast is active and would round every force to {torch.get_autocast_dtype(a.device.type)}; "
                          "leave it, and for speed take solvers.MixedPrecision")
@@ -125,11 +125,25 @@ class _Solver:
     in_kernel = False  # whether the compiled kernel has this solver's loop
     latest = False  # whether the last iterate is returned instead of the lowest-residual one
     hindsight = False  # whether an explosion after the best iterate is forgiven
-    coarse = None  # residual down to which a free or adjoint phase is iterated in bfloat16
+    coarse: float | None = None  # residual down to which a free or adjoint phase is iterated in bfloat16
+
+    if TYPE_CHECKING:  # what a solver has as a field, or fixed
+
+        @property
+        def kind(self) -> str: ...
+
+        @property
+        def step(self) -> float: ...
+
+        @property
+        def max_steps(self) -> int: ...
+
+        @property
+        def tol(self) -> float: ...
 
     def limited(self, steps: int) -> "Solver":
         """This solver with a horizon of `steps`."""
-        return replace(self, max_steps=steps)
+        return replace(cast(Any, self), max_steps=steps)
 
     def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: Any) -> Tensor:
         return state + self.step * push
@@ -150,8 +164,12 @@ class _Solver:
         if self.in_kernel and hasattr(block, "relax"):
             return block.relax(self, x, start)
         self._refuse_kernel(block)
-        return self.solve(lambda z: block(z, x), start, rough=self.coarse is not None,
-                          among=lambda samples: lambda z, some=x[samples]: block(z, some))
+
+        def among(samples: Tensor) -> Callable[[Tensor], Tensor]:
+            some = x[samples]
+            return lambda z: block(z, some)
+
+        return self.solve(lambda z: block(z, x), start, rough=self.coarse is not None, among=among)
 
     @torch.no_grad()
     def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
@@ -184,7 +202,7 @@ class _Solver:
         left = None  # which samples are left, where some have gone
         history, evaluated = self._history(), 0
         for count in range(self.max_steps + 1):
-            if rough and (count == self.max_steps or now.residual.nanmedian() <= self.coarse):
+            if rough and (count == self.max_steps or now.residual.nanmedian() <= (self.coarse or 0)):
                 rough = False
                 now.lowest = torch.full_like(now.lowest, torch.inf)  # until here it was that of a rounded force
             with torch.autocast(start.device.type, torch.bfloat16) if rough else nullcontext():
@@ -280,7 +298,7 @@ class MixedPrecision(Anderson):
     kernel are refused. Contrasted trajectories, whose difference the rounding would drown, are never rounded.
     """
 
-    kind: Literal["MixedPrecision"] = "MixedPrecision"
+    kind: Literal["MixedPrecision"] = "MixedPrecision"  # type: ignore[assignment]
     coarse: Annotated[float, Field(gt=0)] = 1e-2
 
     in_kernel = False
@@ -332,7 +350,7 @@ class Substitution(Anderson):
     whole sequence in PyTorch, where a chunk costs nearly as much as everything (E7).
     """
 
-    kind: Literal["Substitution"] = "Substitution"
+    kind: Literal["Substitution"] = "Substitution"  # type: ignore[assignment]
     chunk: Count | None = None
 
     @torch.no_grad()
@@ -341,18 +359,22 @@ class Substitution(Anderson):
         past, parts = None if hasattr(block, "relax") else block.prefix(), []
         if past is None or self.chunk is None:
             return super().settle(block, x, start)
+
+        def force(drive: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda z: past.force(z, drive)
+
         for z, drive in zip(start.split(self.chunk, -2), x.split(self.chunk, -2), strict=True):
-            parts.append(self.solve(lambda z, drive=drive: past.force(z, drive), z))
+            parts.append(self.solve(force(drive), z))
             past.extend(parts[-1].value)
         return self._joined(parts)
 
     @staticmethod
     def _joined(parts: list[Solution]) -> Solution:
         """The solution of a sequence from those of its chunks (B, n, C), in order."""
-        squares = sum(((part.residual * norm(part.value)).square() for part in parts))
+        squares = torch.stack([(part.residual * norm(part.value)).square() for part in parts]).sum(0)
         value = torch.cat([part.value for part in parts], -2)
         share = [part.value.shape[-2] / value.shape[-2] for part in parts]
-        steps = sum(part.steps * s for part, s in zip(parts, share, strict=True)).ceil().long()
+        steps = torch.stack([part.steps * s for part, s in zip(parts, share, strict=True)]).sum(0).ceil().long()
         evaluations = math.ceil(sum(part.evaluations * s for part, s in zip(parts, share, strict=True)))
         return Solution(value, squares.sqrt() / norm(value), steps, torch.stack([part.rate for part in parts]).amax(0),
                         evaluations, max((part.status for part in parts), key=list(Status).index),
@@ -406,7 +428,8 @@ class Differences:
 
     def keep(self, samples: Tensor) -> None:
         """Goes on with these samples only."""
-        self.last = tuple(part[samples] for part in self.last)
+        if self.last:
+            self.last = self.last[0][samples], self.last[1][samples]
         for name in ("pushes", "moves", "gram", "halvings", "lowest"):
             setattr(self, name, getattr(self, name)[samples])
 
