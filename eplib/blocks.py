@@ -93,8 +93,9 @@ class Jacobian(Derivative):
     """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights'
     names in the block; causal: whether a token's force depends on those before it only."""
 
-    def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, decay: float, owner: str, causal: bool):
-        super().__init__(z, x)
+    def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, weights: Iterable[Tensor], decay: float,
+                 owner: str, causal: bool):
+        super().__init__(z, x, weights)
         self.inner, self.decay, self.owner, self.by_token = inner, decay, owner, causal
 
     @property
@@ -135,7 +136,8 @@ class EquilibriumBlock(Dynamical):
         return x - (1 + self.damping) * z + self.layers.parallel(z)
 
     def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(ParallelSlope(self.layers, z), z, x, 1 + self.damping, "layers.", self.layers.causal)
+        layers = self.layers
+        return Jacobian(ParallelSlope(layers, z), z, x, layers.parameters(), 1 + self.damping, "layers.", layers.causal)
 
     def prefix(self) -> Prefix | None:
         return Prefix(self.layers, 1 + self.damping) if self.altered() is None and self.layers.causal else None
@@ -145,7 +147,7 @@ class StackJacobian(Derivative):
     """J of `LayeredBlock`: -1 on the diagonal, each layer's derivative below it."""
 
     def __init__(self, stack: Iterable[Sublayers], inputs: Tensor, x: Tensor):
-        super().__init__(inputs, x)
+        super().__init__(inputs, x, stack.parameters())
         self.layers = [SequentialSlope(layers, z) for layers, z in zip(stack, inputs.unbind(-3), strict=True)]
 
     def product(self, v: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ class ThinBlock(Dynamical):
         return alteration(self, ThinBlock, {"qkv": nn.Linear, "wo": nn.Linear, "memory": Memory})
 
     def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(ThinSlope(self, z), z, x, 1 + self.damping, "", self.causal)
+        return Jacobian(ThinSlope(self, z), z, x, self.parameters(), 1 + self.damping, "", self.causal)
 
 
 class EnergyBlock(Dynamical):

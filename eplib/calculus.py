@@ -16,7 +16,7 @@ differentiable in the weights, which is how a penalty on J v gets its gradient f
 import math
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -247,6 +247,11 @@ class Kept:
 def version(a: Tensor) -> Any:
     """How often a tensor was written to; of one that does not count that, never the same."""
     return object() if a.is_inference() else a._version
+
+
+def writes(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What changes when one of the weights is replaced or written to."""
+    return [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in weights]
 
 
 class AttentionSlope(Kept):
@@ -517,11 +522,16 @@ class Derivative:
 
     by_token = False
 
-    def __init__(self, z: Tensor, x: Tensor):
-        self.at, self.clamped = z.shape, x.shape
+    def __init__(self, z: Tensor, x: Tensor, weights: Iterable[Tensor] = ()):
+        """weights: those that products by hand go through."""
+        self.at, self.clamped, self.weights = z.shape, x.shape, tuple(weights)
+        self.written = writes(self.weights)
 
     def _along(self, v: Tensor, several: bool = True) -> Tensor:
-        """The direction. Raises `ShapeError` for a shape that would be broadcast to mean something else."""
+        """The direction. Raises `ShapeError` for a shape that would be broadcast to mean something else, RuntimeError once the
+        weights are others than at the linearisation."""
+        if writes(self.weights) != self.written:
+            raise RuntimeError("the block's weights have changed since it was linearised; linearise it again")
         if v.dim() != len(self.at) or any(n != m and not (several and n == 1) for n, m in zip(self.at, v.shape, strict=True)):
             raise ShapeError(f"a direction {tuple(v.shape)} does not fit J at states {tuple(self.at)}; linearise at states "
                              "(B, 1, ...) for products with several directions of a sample, (B, K, ...)")

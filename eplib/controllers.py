@@ -145,8 +145,8 @@ class ContractionRate:
         with torch.no_grad():
             jacobian = problem.jacobian
             if tokens and not getattr(jacobian, "by_token", False):
-                raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal blocks.Thick, "
-                                "Attractor or Thin, not altered since it was built, or per=\"sample\"")
+                raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal "
+                                "blocks.Thick, Attractor or Thin, not altered since it was built, or per=\"sample\"")
             probe = self._probe(problem, jacobian, step)
             rate = self._rate(jacobian, probe, step)
             above = rate > self.target

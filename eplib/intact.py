@@ -4,6 +4,7 @@ Both compute from the weights, not through the modules: a hook, a parametrisatio
 the user's own would be passed over in silence.
 """
 
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -44,6 +45,11 @@ def _hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
 
 
+@cache
+def _methods(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
+
+
 def _of_part(block: nn.Module, path: str, kind: Any) -> str | None:
     """How the module at the path is not a `kind` as its constructor made it, weights aside."""
     *above, name = path.split(".")
@@ -53,9 +59,8 @@ def _of_part(block: nn.Module, path: str, kind: Any) -> str | None:
         return f"{path} is a {made.__name__}, not a {kind.__name__}"
     if _hooked(part):
         return f"{path} has hooks"
-    replaced = [name for name in vars(part) if callable(getattr(kind, name, None))]
-    if replaced:
-        return f"{path}.{replaced[0]} is replaced"
+    for name in vars(part).keys() & _methods(kind):
+        return f"{path}.{name} is replaced"
     weights = {name: value for name, value in part._parameters.items() if value is not None}
     if weights.keys() != WEIGHTS[kind]:
         return f"{path} holds {', '.join(weights) or 'no parameters'} instead of {' and '.join(sorted(WEIGHTS[kind]))}"

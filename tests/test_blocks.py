@@ -588,6 +588,19 @@ def test_a_pass_is_not_taken_for_that_of_a_direction_written_to():
 
 
 @pytest.mark.parametrize("config", [blocks.Thick(), blocks.Layered(layers=2), blocks.Thin(), blocks.Energy()], ids=name)
+def test_a_derivative_is_of_the_weights_that_it_was_made_of(config):
+    block, x, z = system(config)
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        jacobian.contract(z)
+        for parameter in block.parameters():
+            parameter.mul_(1.1)
+        for use in (jacobian.product, jacobian.transposed, jacobian.contract):
+            with pytest.raises(RuntimeError, match="weights have changed|modified by an inplace operation"):
+                use(z)
+
+
+@pytest.mark.parametrize("config", [blocks.Thick(), blocks.Layered(layers=2), blocks.Thin(), blocks.Energy()], ids=name)
 def test_directions_of_another_shape_are_refused(config):
     block, x, z = system(config, samples=2)
     with torch.no_grad():
@@ -609,7 +622,8 @@ def test_a_derivative_by_itself_is_not_rounded_by_a_phase_in_mixed_precision():
 
 
 @pytest.mark.parametrize("lifted", [False, True], ids=["states", "several states"])
-@pytest.mark.parametrize(("width", "heads", "expansion", "samples", "tokens"), [(6, 1, 1, 1, 1), (6, 6, 3, 2, 3), (1, 1, 2, 1, 4)])
+@pytest.mark.parametrize(("width", "heads", "expansion", "samples", "tokens"),
+                         [(6, 1, 1, 1, 1), (6, 6, 3, 2, 3), (1, 1, 2, 1, 4)])
 @pytest.mark.parametrize("config", EQUILIBRIUM + IMAGE, ids=name)
 def test_derivatives_are_those_of_any_shape(config, width, heads, expansion, samples, tokens, lifted):
     """One head, heads of one unit, one token, other expansions, strided states, several states under one clamp."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Attractor, Dynamical, EquilibriumBlock, LinearAttention, Thick
-from ..calculus import Sublayers, version
+from ..calculus import Sublayers, version, writes
 from ..intact import bare
 from ..solvers import Anderson, Solution, Solver, Status, Substitution
 
@@ -155,11 +155,11 @@ class _Held:
             and a.is_contiguous() and version(a) == self.version
 
 
-def _weights(layers: Sublayers) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """The weights in the kernel's order, and what changes when they are replaced or written to."""
+def _weights(layers: Sublayers) -> list[Tensor]:
+    """The weights in the kernel's order."""
     weights = [getattr(layers, name).weight for name in ("qkv", "wo", "w1", "w2")]
     weights += [value for norm in (layers.ln1, layers.ln2) for value in (norm.weight, norm.bias)]
-    return weights, [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in weights]
+    return weights
 
 
 class CompiledBlock:
@@ -174,19 +174,20 @@ class CompiledBlock:
         if reason := unknown(self.block):
             raise KernelError(f"the compiled kernel does not compute this {type(self.block).__name__}: {reason}. Use "
                               "backend=\"torch\"")
-        # last free state, with what J is made of, F and the clamp there; not J itself, which holds this block: a cycle would keep
-        # the storage until Python looks for cycles, and every step would take new memory
+        # last free state, with what J is made of, F and the clamp there; not J itself, which holds this block: a cycle would
+        # keep the storage until Python looks for cycles, and every step would take new memory
         self.settled: tuple[_Held, _Storage, Tensor, _Held] | None = None
         layers = self.block.layers
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
-        self.weights, self.written = _weights(layers)
+        self.weights = _weights(layers)
+        self.written = writes(self.weights)
         weights = [_plain(value.detach()) for value in self.weights]
         self.packed = torch.empty(self.library.eplib_packed(self.width, self.hidden))
         self.library.eplib_pack(self.width, self.hidden, *map(_pointer, weights), _pointer(self.packed))
 
     def check(self, *states: Tensor) -> None:
         """Raises `KernelError` where the weights are others than those that were packed, or states do not fit them."""
-        if _weights(self.block.layers)[1] != self.written:
+        if writes(_weights(self.block.layers)) != self.written:
             raise KernelError("the block's weights have changed since the kernel took them; ask for the model's dynamics again")
         for z in states:
             if z.dim() < 2 or z.shape[-1] != self.width or z.shape[-2:] != states[0].shape[-2:]:
