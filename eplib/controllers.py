@@ -2,9 +2,9 @@
 
 A penalty is called as `penalty(problem, step, carried)`, with a dict of tensors that is its own from call to call, and is a
 function of the weights alone: the free state z* and the directions along which it looks at J = dF/dz are held fixed, so its
-gradient is one backward pass through J v, with every estimator, and never through a relaxation. Frozen weights get none.
-`Outcome` says what it cost in force evaluations (the unit of `contrast.FORCE`). Which samples are looked at again with a graph
-depends on the samples: only those that have something to penalise.
+gradient is one backward pass through J v, or a contrast of two contractions, with every estimator, and never through a
+relaxation. Frozen weights get none. `Outcome` says what it cost in force evaluations (the unit of `contrast.FORCE`). Which
+samples are looked at again depends on the samples: only those that have something to penalise.
 """
 
 import math
@@ -59,6 +59,25 @@ def _above(problem: Problem, above: Tensor, products: int, excess: Callable[[Any
     cost = (LINEARISATION + products * PRODUCT) * above.double().mean().item()
     return _gradient(problem, cost, lambda: strength * excess(problem.model.block.linearise(
         problem.state[above], problem.x[above])).square().sum() / len(above))
+
+
+def _locally(problem: Problem, above: Tensor, token: Tensor, u: Tensor, v: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Gradient in the trained weights of sum_b <u_b, J_tt v_b> over the samples `above` (B,), u and v (n, C) at one token t
+    (n,) of each, and its cost.
+
+    <u, J v> is the change of <u, F> along v, so the gradient is the contrast of two contractions <u, dF/dtheta>, at z* + eps v
+    and at z* - eps v: quantities local to each weight, as in the read-out of the two nudged states, and no graph. Where a single
+    token moves, the others feel it only as tokens after it, of which u sees none.
+    """
+    z, x, rows = problem.state[above], problem.x[above], torch.arange(len(token))
+    eps = torch.finfo(z.dtype).eps ** (1 / 3) * z[rows, token].norm(dim=-1, keepdim=True)  # where truncation meets rounding
+    away, along = torch.zeros_like(z), torch.zeros_like(z)
+    away[rows, token], along[rows, token] = eps * v, u / (2 * eps)
+    jacobian = problem.dynamics.linearise(torch.cat([z + away, z - away]), torch.cat([x, x]))
+    grads = problem.named(jacobian.contract(torch.cat([along, -along]))[0])
+    trained = {name for name, value in problem.model.named_parameters() if value.requires_grad}
+    cost = 2 * (LINEARISATION + BACKWARD) * len(token) / len(above)
+    return {name: value for name, value in grads.items() if name in trained}, cost
 
 
 def _lanes(values: Tensor, like: Tensor) -> Tensor:
@@ -148,10 +167,14 @@ class ContractionRate:
                 raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal "
                                 "blocks.Thick, Attractor or Thin, not altered since it was built, or per=\"sample\"")
             probe = self._probe(problem, jacobian, step)
-            rate = self._rate(jacobian, probe, step)
+            if tokens:
+                rate, grads, value, cost = self._of_tokens(problem, jacobian, probe, step)
+            else:
+                rate = self._rate(jacobian, probe, step)
+        if not tokens:
             above = rate > self.target
-        grads, value, cost = _above(problem, above, self.probes,
-                                    lambda jacobian: self._rate(jacobian, probe[above], step) - self.target, self.strength)
+            grads, value, cost = _above(problem, above, self.probes,
+                                        lambda jacobian: self._rate(jacobian, probe[above], step) - self.target, self.strength)
         measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
         cost += FORCE + (self.products + 2 * self.probes - 1) * PRODUCT  # the probe and what it sees
         return Outcome(grads, measured, math.ceil(cost))
@@ -171,11 +194,22 @@ class ContractionRate:
         if self.probes > 1:
             small = torch.eye(self.probes).to(probe) + step * _compressed(jacobian, probe)
             return torch.linalg.eigvals(small).abs().amax(-1)
-        tiny = torch.finfo(probe.dtype).tiny
-        if self.per == "sample":
-            return norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(tiny)
-        moved = probe + step * jacobian.token_product(probe)
-        return (moved.norm(dim=-1) / probe.norm(dim=-1).clamp_min(tiny)).amax(-1)
+        return norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(torch.finfo(probe.dtype).tiny)
+
+    def _of_tokens(self, problem: Problem, jacobian: Any, probe: Tensor,
+                   step: float) -> tuple[Tensor, dict[str, Tensor], float, float]:
+        """r (B,), the largest of each sample's tokens; the penalty's gradient, value and cost."""
+        moved, size = probe + step * jacobian.token_product(probe), probe.norm(dim=-1, keepdim=True)
+        growth = moved.norm(dim=-1, keepdim=True)  # (B, T, 1)
+        rate, token = (growth / size.clamp_min(torch.finfo(probe.dtype).tiny)).squeeze(-1).max(-1)
+        excess = (rate - self.target).relu()
+        value, above = self.strength * excess.square().mean().item(), excess > 0
+        if not above.any():
+            return rate, {}, value, 0.0
+        at = above.nonzero().squeeze(1), token[above]
+        slope = 2 * self.strength * step * excess[above].unsqueeze(1) / len(excess)  # of the penalty in <u, J_tt v>
+        grads, cost = _locally(problem, above, token[above], slope * moved[at] / growth[at], probe[at] / size[at])
+        return rate, grads, value, cost
 
 
 @configuration

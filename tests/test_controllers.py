@@ -286,29 +286,32 @@ def test_value_and_gradient_are_those_of_the_formula(name):
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penalty_states_what_it_costs(name, monkeypatch):
-    """Every force, linearisation and product, without a graph once and with one three times: a backward pass is two."""
+    """Every force, linearisation and product, without a graph once and with one three times, and a contraction twice: a backward
+    pass is two."""
     controller, _ = PENALTIES[name]
     model, inputs, _ = transformer(damping=0.25)
     z = model.settle(inputs, SETTLE).value
-    spent = {"plain": 0, "graph": 0.0}
+    spent = {"plain": 0, "graph": 0.0, "contracted": 0.0}
 
     def counting(cls, method):
         original = getattr(cls, method)
 
         def counted(self, *arguments):
-            spent["graph" if torch.is_grad_enabled() else "plain"] += len(arguments[0]) / len(z)
+            kind = "contracted" if method == "contract" else "graph" if torch.is_grad_enabled() else "plain"
+            spent[kind] += len(arguments[0]) / len(z)
             return original(self, *arguments)
 
         monkeypatch.setattr(cls, method, counted)
 
     problem = at(model, inputs, z)
     assert problem.jacobian  # which all share, so no penalty counts it
-    for method in ("product", "transposed", "token_product"):
+    for method in ("product", "transposed", "token_product", "contract"):
         counting(blocks.Jacobian, method)
     for method in ("forward", "linearise"):
         counting(blocks.EquilibriumBlock, method)
     outcome = controller(problem, STEP, {})
-    assert spent["graph"] > 0 and outcome.evaluations == math.ceil(spent["plain"] + 3 * spent["graph"])
+    assert spent["graph"] + spent["contracted"] > 0
+    assert outcome.evaluations == math.ceil(spent["plain"] + 3 * spent["graph"] + 2 * spent["contracted"])
 
 
 def test_two_probes_resolve_a_complex_pair_that_one_does_not():
@@ -477,3 +480,18 @@ def test_the_rate_penalty_has_a_local_form_without_a_second_derivative():
             assert set(local) <= set(asked)
             errors.append(max((value - asked[name]).norm().item() / asked[name].norm().item() for name, value in local.items()))
     assert errors[1] < 1e-4 and 50 < errors[0] / errors[1] < 200, errors
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_single_tokens_are_held_in_the_kernel_as_in_pytorch():
+    """Probe and gradient, in float32: the contrast of two contractions is right to the square root of what a token is moved by."""
+    torch.manual_seed(0)
+    model = models.LanguageModel(vocab=11, width=16, heads=4, context=6, block=blocks.Thick(init=0.6))
+    inputs = torch.randint(0, 11, (5, 6))
+    x, solver = model.clamp(inputs).detach(), Relaxation(step=0.5, max_steps=200, tol=1e-4)
+    z, controller = solver.settle(model.block, x).value, ContractionRate(target=0.3, per="token")
+    plain, fast = (controller(Problem(model, inputs, inputs, x, z, dynamics=model.dynamics(backend)), STEP, {})
+                   for backend in ("torch", "compiled"))
+    assert fast.measured["rate_probe"] == pytest.approx(plain.measured["rate_probe"], rel=1e-3)
+    for agreed in diagnostics.agreement(fast.grads, plain.grads).values():
+        assert agreed.cosine > 0.999 and agreed.ratio == pytest.approx(1, abs=1e-2)
