@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .blocks import Block, Feedforward
+from .blocks import Block, Feedforward, Layered
 from .config import configuration
 from .contrast import Beta
 from .controllers import Penalty
-from .estimators import Backprop, Estimator
+from .entry import second_phase
+from .estimators import Estimator
 from .solvers import Relaxation, Solver
 from .starts import LinearStart
 
@@ -38,7 +39,7 @@ class Text:
 
 @configuration
 class Architecture:
-    """Shape of the model. `context` is the length of a text sequence; images have none but as many tokens as patches."""
+    """Shape of the model. `context` is the length of a text sequence; images have as many tokens as patches and none of it."""
 
     width: Positive = 64
     heads: Positive = 4
@@ -50,8 +51,9 @@ class Architecture:
 class Optimiser:
     """AdamW under a warm-up, stable, decay (WSD) schedule.
 
-    lr: peak rate. warmup: share of the steps that rise linearly to it. decay: share at the end that falls linearly to zero.
-    clip: largest gradient norm. ema: decay per step of the parameter average that is evaluated; 0 evaluates the weights.
+    lr: peak rate. warmup: share of the steps that rise linearly to it. decay: share at the end that falls linearly to zero,
+    which the update after the last would have. clip: largest gradient norm. ema: decay per step of the parameter average that
+    is evaluated, less in the first steps, (1 + step) / (10 + step) at step 0, 1 ..; 0 evaluates the weights.
     """
 
     lr: Annotated[float, Field(gt=0)] = 3e-3
@@ -60,6 +62,13 @@ class Optimiser:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Optimiser":
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} overlap: the peak rate would not be reached; "
+                             "give shares that sum to at most 1")
+        return self
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of update `step` (from 0) of `steps`."""
@@ -70,16 +79,19 @@ class Optimiser:
 
 @configuration
 class RunConfig:
-    """One training run. Its digest names it in the run store, so every value here is part of its identity.
+    """One training run. Its digest names it in the run store, so every value here is part of its identity, and what would do
+    nothing is refused.
 
-    experiment, arm: what the run is for; the name adds learning rate and seed. gate: free residual (max over the batch) above
-    which the step is a recovery step: the penalties' gradient alone is applied. evaluate_every: steps between evaluations
-    during training, on `evaluation_batches` validation batches; the whole split is evaluated at the end. keep: steps after
-    which the weights are kept, besides the last. start: how the free phase's start is predicted. audit_every: steps between
-    audits, in which the step's gradient is compared, over block and embeddings and in each parameter group, with that of the
-    linear response (which itself is compared with two trajectories). anneal: the nudge's beta at the last step, to which it
-    moves linearly from the estimator's. frozen: only the readout is trained (negative control). adaptive: the iterations that
-    each test image takes are measured at the end (`diagnostics.adaptive_compute`).
+    experiment, arm: what the run is for; the name adds learning rate and seed. gate: residual (max over the batch, each phase
+    in its own unit) above which a phase makes the step a recovery step: the penalties' gradient alone is applied, by the same
+    optimiser, so that momentum goes on in the block, and what has no gradient stays. A second phase within its own tolerance
+    is never gated. evaluate_every: steps between evaluations during training, on `evaluation_batches` validation batches; the
+    whole split is evaluated at the end. keep: steps after which the weights are kept, besides the last. start: how the free
+    phase's start is predicted. audit_every: steps between audits, in which the step's gradient is compared, over block and
+    embeddings and in each parameter group, with that of the linear response (which itself is compared with two trajectories).
+    anneal: the nudge's beta at the last step, to which it moves linearly from the estimator's. frozen: only the readout is
+    trained (negative control). adaptive: the iterations that each test image takes are measured at the end
+    (`diagnostics.adaptive_compute`).
     """
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -106,35 +118,50 @@ class RunConfig:
 
     @property
     def second(self) -> Solver:
-        """The solver of the second phase, nudged or adjoint."""
-        steps = getattr(self.estimator, "steps", None)
-        return self.nudged or (self.solver.limited(steps) if steps else self.solver)
+        """The solver of the second phase, nudged or adjoint; where the estimator has none, that of the free phase."""
+        return second_phase(self.estimator, self.solver, self.nudged) or self.solver
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-lr{self.optimiser.lr:g}-seed{self.seed}"
+        return f"{self.arm}-lr{repr(self.optimiser.lr).removesuffix('.0')}-seed{self.seed}"  # equal for equal rates only
 
     @model_validator(mode="after")
-    def _fits(self) -> "RunConfig":
-        if isinstance(self.model.block, Feedforward) != isinstance(self.estimator, Backprop):
-            raise ValueError(f"block {self.model.block.kind} does not fit estimator {self.estimator.kind}: Feedforward goes "
-                             "with Backprop, an equilibrium block with any other estimator")
-        if self.model.block.causal != isinstance(self.data, Text):
+    def _parts_fit(self) -> "RunConfig":
+        block, kind, text = self.model.block, self.estimator.kind, isinstance(self.data, Text)
+        if isinstance(block, Feedforward) != self.estimator.explicit:
+            raise ValueError(f"block {block.kind} does not fit estimator {kind}: Feedforward goes with Backprop, an "
+                             "equilibrium block with any other estimator")
+        if block.causal != text:
             raise ValueError("block.causal must be true for Text and false for Mnist")
-        if isinstance(self.data, Text) != (self.model.context is not None):
-            raise ValueError(f"model.context = {self.model.context} for {self.data.kind}: a text needs the length of its "
-                             "sequences, images have as many tokens as patches; give a context to Text and none to Mnist")
+        if text != (self.model.context is not None):
+            raise ValueError("model.context is the length of a text sequence: Text needs one, got context=None" if text else
+                             f"images have as many tokens as patches, so context={self.model.context} would do nothing; leave "
+                             "model.context out")
+        second_phase(self.estimator, self.solver, self.nudged)
+        if self.start and not self.estimator.equilibrium:
+            raise ValueError(f"start predicts where a free phase starts, and {kind} begins at the block's own; leave it out")
+        if self.start and isinstance(block, Layered):
+            raise ValueError("start predicts states of the clamp's shape, and Layered has one for each layer; leave it out")
+        if self.estimator.explicit and (self.gate or self.penalties):
+            raise ValueError(f"{block.kind} has no dynamics: its residual is zero, so gate={self.gate} would never act, and "
+                             "penalties have no fixed point to act at; give gate: null and penalties: []")
+        return self
+
+    @model_validator(mode="after")
+    def _measurements_fit(self) -> "RunConfig":
+        kind = self.estimator.kind
         if any(step > self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
         if self.audit_every and not self.estimator.equilibrium:
-            raise ValueError("audit_every compares gradients at one free equilibrium, which the estimator "
-                             f"{self.estimator.kind} does not have")
+            raise ValueError(f"audit_every compares gradients at one free equilibrium, which estimator {kind} does not have")
+        if self.audit_every and self.audit_every > self.steps:
+            raise ValueError(f"audit_every {self.audit_every} comes after the last step, {self.steps}: there would be no audit")
         if self.anneal and getattr(self.estimator, "beta", None) is None:
-            raise ValueError(f"anneal moves the nudge's beta, which the estimator {self.estimator.kind} does not have")
+            raise ValueError(f"anneal moves the nudge's beta, which the estimator {kind} does not have")
         if self.frozen and (self.penalties or self.audit_every):
             raise ValueError("frozen leaves penalties nothing to change and audits nothing to compare; give penalties: [] and "
                              "audit_every: null")
-        if self.adaptive and (isinstance(self.data, Text) or isinstance(self.estimator, Backprop)):
+        if self.adaptive and (isinstance(self.data, Text) or self.estimator.explicit):
             raise ValueError("adaptive counts the iterations of MNIST's test images; it needs Mnist and an equilibrium block")
         return self
 
@@ -142,6 +169,6 @@ class RunConfig:
         """The estimator of update `step` (from 0), with its annealed beta."""
         if self.anneal is None:
             return self.estimator
-        estimator: Any = self.estimator  # one that has a beta, by _fits
+        estimator: Any = self.estimator  # one that has a beta, by _measurements_fit
         first = estimator.beta
         return replace(estimator, beta=first + (self.anneal - first) * step / max(1, self.steps - 1))

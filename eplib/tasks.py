@@ -59,7 +59,7 @@ class TextTask:
     and `held_out` are the ids (N,) of the two parts of the corpus."""
 
     def __init__(self, config: RunConfig, root: Path):
-        assert isinstance(config.data, Text) and config.model.context
+        assert isinstance(config.data, Text) and config.model.context is not None  # RunConfig sees to both
         self.config, self.data, self.context = config, config.data, config.model.context
         self.text = corpora.text(self.data.corpus, self.data.tokens, root)
         self.vocab, ids = self.text.vocab, torch.from_numpy(self.text.ids)

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from .config import plain
 from .diagnostics import READOUT, agreement, without_readout
-from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, gradient
+from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient
 from .evaluation import EXCURSION, edges, evaluate, moved
 from .files import write_atomically
 from .kernels import available, knows
-from .log import Bar, Progress, show_on_terminal
+from .log import Bar, Progress, Value, show_on_terminal
 from .models import Backend
 from .runconfig import Architecture, Mnist, Optimiser, RunConfig, Text
-from .solvers import FixedHorizon, Solver
+from .solvers import Solver
 from .tasks import ImageTask, TextTask, build_model, build_task
 
 __all__ = ["EXCURSION", "Architecture", "ImageTask", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text",
@@ -117,7 +117,7 @@ class Trainer:
                           penalties=config.penalties, state=self.state, start=config.start, backend=self.backend)
         self.state = report.state
         gated, gated_nudged = self._gates(report)
-        row = {"step": step + 1, "loss": report.loss} | _phases(report, config.solver, config.second) | {
+        row: dict[str, Value] = {"step": step + 1, "loss": report.loss} | _phases(report, config.solver, config.second) | {
             "beta": getattr(estimator, "beta", None) or math.nan,
             "asymmetry": self._asymmetry(inputs, report) if self._evaluates(step + 1) else math.nan,
             "gated": int(gated), "gated_nudged": int(gated_nudged)}
@@ -137,7 +137,7 @@ class Trainer:
         if taken := sorted(row.keys() & report.measured.keys()):
             raise ValueError(f"the estimator or a penalty measures {', '.join(taken)}, a column of the log already; rename it")
         self.progress.step += 1
-        self.progress.rows.append(dict.fromkeys(ALWAYS, math.nan) | row | report.measured)
+        self.progress.rows.append(dict.fromkeys(ALWAYS, math.nan) | row | dict(report.measured))
 
     def _gates(self, report: Report) -> tuple[bool, bool]:
         """Whether the free and the nudged phase ended too far from settled for the task's gradient to be applied. The nudged
@@ -179,8 +179,8 @@ class Trainer:
         two trajectories), over block and embeddings and in each parameter group, and the audit's force evaluations. Both are
         taken at the step's own free state, their second phases solved alike."""
         linear = isinstance(estimator, DyadicEP) and estimator.held
-        other = gradient(self.model, inputs, targets, estimator=AsymEP(beta=AUDIT_BETA) if linear else DyadicEP(),
-                         solver=FixedHorizon(steps=0), start=report.free.value, nudged=self.config.second, backend=self.backend)
+        other = at_state(self.model, inputs, targets, report.free.value, AsymEP(beta=AUDIT_BETA) if linear else DyadicEP(),
+                         self.config.second, backend=self.backend)
         found = {"audit_evaluations": other.measured["force_evaluations"]}
         if report.grads is not None and other.grads is not None:
             total = agreement(without_readout(report.grads), without_readout(other.grads))["total"]
@@ -235,7 +235,7 @@ class Trainer:
         self.progress = Progress.restored(parts, json.loads(header["progress"]))
 
 
-def _phases(report: Report, solver: Solver, second: Solver) -> dict[str, float | int | str]:
+def _phases(report: Report, solver: Solver, second: Solver) -> dict[str, Value]:
     """What the log says of a step's free phase and of its nudged one, where there is one."""
     free, nudged = report.free, report.nudged
     away = nudged.residual if nudged else torch.full((1,), torch.nan)

@@ -27,6 +27,7 @@ from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, Residu
 from eplib.data import RawFile
 from eplib.records import Store, summarise
 from eplib.solvers import Relaxation
+from eplib.starts import LinearStart
 from eplib.training import (
     Architecture,
     Mnist,
@@ -323,12 +324,45 @@ def test_both_blocks_start_from_equal_weights(kind, corpus):
     assert not torch.equal(ours["readout.weight"], other["readout.weight"])
 
 
+def test_windows_and_batches_that_the_text_does_not_hold_are_refused_before_training(corpus):
+    count = len(build_task(config(), corpus).held_out)
+    shape = config().model
+    assert next(build_task(config(model=replace(shape, context=count - 1)), corpus).validation())[0].shape == (1, count - 1)
+    for context, split in ((count, "validation"), (19_700, "training")):
+        with pytest.raises(ValueError, match=f"model.context {context} does not fit the {split} split"):
+            build_task(config(model=replace(shape, context=context)), corpus)
+    with pytest.raises(ValueError, match="batch 20000 exceeds the 19592 windows"):
+        build_task(config(batch=20_000), corpus)
+
+
+def test_runs_of_different_learning_rates_have_different_names():
+    rates = (0.003, 0.0030000001, 1e-05, 2.0)
+    assert [config(optimiser=Optimiser(lr=lr)).name for lr in rates] == [
+        "ep-lr0.003-seed0", "ep-lr0.0030000001-seed0", "ep-lr1e-05-seed0", "ep-lr2-seed0"]
+    with pytest.raises(ValueError, match="overlap: the peak rate would not be reached"):
+        Optimiser(warmup=0.6, decay=0.5)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"estimator": estimators.Backprop()}, "Feedforward goes with Backprop"),
     ({"model": BACKPROP["model"]}, "Feedforward goes with Backprop"),
     ({"data": Mnist()}, "block.causal must be true for Text"),
     ({"keep": (2, 7)}, r"keep \(2, 7\) names a step after the last, 6"),
-    ({"estimator": estimators.BPTT(), "audit_every": 2}, "one free equilibrium, which the estimator BPTT does not have"),
+    ({"estimator": estimators.BPTT(), "audit_every": 2}, "one free equilibrium, which estimator BPTT does not have"),
+    ({"audit_every": 7}, "audit_every 7 comes after the last step, 6"),
+    ({"model": Architecture(width=8, heads=2, block=blocks.Thick())}, "Text needs one, got context=None"),
+    (IMAGES | {"model": Architecture(width=8, heads=2, context=4, block=blocks.Thick(causal=False))}, "context=4 would do nothing"),
+    ({"start": LinearStart(), "estimator": estimators.BPTT()}, "BPTT begins at the block's own"),
+    ({"start": LinearStart(), "model": Architecture(width=8, heads=2, context=8, block=blocks.Layered(layers=2))},
+     "Layered has one for each layer"),
+    ({"nudged": Relaxation(), "estimator": estimators.BPTT()}, "BPTT has no nudged or adjoint phase"),
+    ({"nudged": Relaxation(), "estimator": estimators.OneStep()}, "OneStep has no nudged or adjoint phase"),
+    (BACKPROP | {"nudged": Relaxation()}, "Backprop has no nudged or adjoint phase"),
+    (BACKPROP | {"start": LinearStart()}, "Backprop begins at the block's own"),
+    (BACKPROP | {"gate": 0.1}, "gate=0.1 would never act"),
+    (BACKPROP | {"penalties": (Homeostasis(),)}, "no fixed point to act at"),
+    ({"nudged": Relaxation(), "estimator": estimators.AsymEP(steps=4)}, "give one of the two"),
+    ({"anneal": 0.1}, "the nudge's beta, which the estimator DyadicEP does not have"),
     ({"estimator": estimators.OneStep(), "anneal": 0.1}, "the nudge's beta, which the estimator OneStep does not have"),
     ({"frozen": True}, "give penalties: ..; audits|frozen leaves penalties nothing to change"),
     ({"adaptive": True}, "adaptive counts the iterations of MNIST's test images"),
