@@ -108,6 +108,6 @@ bench: setup  ## time one training step of EP, backprop, BPTT, torchdeq at four 
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 python -m benchmarks.step --compile
 
 clean:  ## remove .venv, caches, tokens, quick and smoke outputs (downloads, checkpoints and DVC's cache stay)
-	rm -rf .venv .pytest_cache .hypothesis *.egg-info eplib/kernels/build data/prepared paper/build
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info eplib/kernels/build data/prepared paper/build
 	rm -rf results/smoke results/quick figures/smoke figures/quick
 	find benchmarks eplib pipelines tests notebooks data -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -310,7 +310,7 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
 
     residual: of the free phase, the largest. abscissa: largest real part of the eigenvalues of J, and frequency: the imaginary
     part of that eigenvalue; rate_arnoldi: spectral radius of I + step J, the step being `rate_step`; all exact and over all
-    tokens, or with `abscissa_residual` (`spectra.edges`). numerical_abscissa, transient_growth (the largest over 1 .. 16 steps),
+    tokens, or with `abscissa_residual` (`spectra.edges`). numerical_abscissa, transient_growth (the largest of 1 .. 16 steps),
     asymmetry_radius (rho(S^-1 A)) and its residual, asymmetry ||J a - J^T a|| / ||J a|| along the adjoint state, cosine of
     uncorrected EP's gradient with the exact one over block and embeddings, attention_distance in tokens. Every number is the
     worst of the batch; cosine and distance are of the batch as a whole. NaN where the free phase diverged, and for what the
@@ -319,8 +319,9 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
     """
     if model.block.explicit:
         raise TypeError(f"{type(model.block).__name__} is no equilibrium block: it has no fixed point and no Jacobian there")
-    names = ("abscissa", "frequency", "abscissa_residual", "rate_arnoldi", "rate_step", "numerical_abscissa", "transient_growth",
-             "asymmetry_radius", "asymmetry_radius_residual", "asymmetry", "cosine_uncorrected", "attention_distance")
+    names = ("abscissa", "frequency", "abscissa_residual", "rate_arnoldi", "rate_step", "numerical_abscissa",
+             "transient_growth", "asymmetry_radius", "asymmetry_radius_residual", "asymmetry", "cosine_uncorrected",
+             "attention_distance")
     solution = model.settle(inputs, solver)
     found = {"residual": solution.residual.max().item()} | dict.fromkeys(names, math.nan)
     if not solution.status.usable:

@@ -1,6 +1,7 @@
 """The contraction-rate penalty against finite differences, and spectra against dense eigenvalues."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_descending_the_penalty_lowers_the_rate():
             for name, parameter in model.named_parameters():
                 if name in outcome.grads:
                     parameter -= 1e-4 * outcome.grads[name]
-    assert all(b < a for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b < a for a, b in pairwise(rates))
 
 
 # --- spectra

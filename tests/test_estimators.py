@@ -445,7 +445,8 @@ def test_estimator_and_block_must_fit():
 
 
 def test_the_reported_cost_counts_every_force_linearisation_product_and_backward_pass(monkeypatch):
-    """Every evaluation of F, J, J v and J^T u, per sample of the batch, is in `force_evaluations`, and two for the contraction."""
+    """Every evaluation of F, J, J v and J^T u, per sample of the batch, is in `force_evaluations`, and two for the
+    contraction."""
     model, inputs, targets = transformer()
     counted = {"n": 0}
 

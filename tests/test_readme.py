@@ -41,7 +41,7 @@ assert report.grads.keys() == dict(model.named_parameters()).keys()
 assert report.loss > 0 and all(grad.isfinite().all() and grad.any() for grad in report.grads.values())
 """,
     "run.generate(": """
-assert run.curve["loss"].shape == (2,) and run.metrics["final"]["loss"] == run.curve["loss"][-1]
+assert run.curve["loss"].shape == (2,) and run.metrics["final"]["loss"] > 0 and run.config.estimator.kind == "DyadicEP"
 said = run.generate("The king", tokens=20)
 assert said.startswith("The king") and len(said) == 28
 """}
