@@ -97,8 +97,8 @@ def points_of(config: RunConfig, trained: EquilibriumModel) -> list[Point]:
     """A run's initial weights and its trained ones, with batches that it never saw."""
     task = build_task(config, ROOT / "data")
     block = Feedforward(causal=config.model.block.causal)
-    ordinary = replace(config, model=replace(config.model, block=block), estimator=Backprop(), nudged=None, start=None, gate=None,
-                       penalties=(), audit_every=None, adaptive=False)
+    ordinary = replace(config, model=replace(config.model, block=block), estimator=Backprop(), nudged=None, start=None,
+                       gate=None, penalties=(), audit_every=None, adaptive=False)
     twin = build_model(ordinary, build_task(ordinary, ROOT / "data"))
     batches = [task.batch(config.steps + i) for i in range(BATCHES)]
     penalty = config.penalties[0]

@@ -146,7 +146,7 @@ class EquilibriumBlock(Dynamical):
 class StackJacobian(Derivative):
     """J of `LayeredBlock`: -1 on the diagonal, each layer's derivative below it."""
 
-    def __init__(self, stack: Iterable[Sublayers], inputs: Tensor, x: Tensor):
+    def __init__(self, stack: Any, inputs: Tensor, x: Tensor):
         super().__init__(inputs, x, stack.parameters())
         self.layers = [SequentialSlope(layers, z) for layers, z in zip(stack, inputs.unbind(-3), strict=True)]
 

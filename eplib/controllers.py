@@ -66,7 +66,7 @@ def _locally(problem: Problem, above: Tensor, token: Tensor, u: Tensor, v: Tenso
     (n,) of each, and its cost.
 
     <u, J v> is the change of <u, F> along v, so the gradient is the contrast of two contractions <u, dF/dtheta>, at z* + eps v
-    and at z* - eps v: quantities local to each weight, as in the read-out of the two nudged states, and no graph. Where a single
+    and at z* - eps v: quantities local to each weight, as in the read-out of the two nudged states, and no graph. Where one
     token moves, the others feel it only as tokens after it, of which u sees none.
     """
     z, x, rows = problem.state[above], problem.x[above], torch.arange(len(token))

@@ -59,7 +59,7 @@ def _of_part(block: nn.Module, path: str, kind: Any) -> str | None:
         return f"{path} is a {made.__name__}, not a {kind.__name__}"
     if _hooked(part):
         return f"{path} has hooks"
-    for name in vars(part).keys() & _methods(kind):
+    for name in vars(part).keys() & _methods(kind):  # type: ignore[arg-type]  # a class is hashable
         return f"{path}.{name} is replaced"
     weights = {name: value for name, value in part._parameters.items() if value is not None}
     if weights.keys() != WEIGHTS[kind]:

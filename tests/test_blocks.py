@@ -596,7 +596,7 @@ def test_a_derivative_is_of_the_weights_that_it_was_made_of(config):
         for parameter in block.parameters():
             parameter.mul_(1.1)
         for use in (jacobian.product, jacobian.transposed, jacobian.contract):
-            with pytest.raises(RuntimeError, match="weights have changed|modified by an inplace operation"):
+            with pytest.raises(RuntimeError, match=r"weights have changed|modified by an inplace operation"):
                 use(z)
 
 

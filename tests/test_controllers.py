@@ -287,8 +287,8 @@ def test_value_and_gradient_are_those_of_the_formula(name):
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penalty_states_what_it_costs(name, monkeypatch):
-    """Every force, linearisation and product, without a graph once and with one three times, and a contraction twice: a backward
-    pass is two."""
+    """Every force, linearisation and product, without a graph once and with one three times, and a contraction twice: a
+    backward pass is two."""
     controller, _ = PENALTIES[name]
     model, inputs, _ = transformer(damping=0.25)
     z = model.settle(inputs, SETTLE).value
@@ -485,7 +485,8 @@ def test_the_rate_penalty_has_a_local_form_without_a_second_derivative():
 
 @pytest.mark.usefixtures("compiled_kernel")
 def test_single_tokens_are_held_in_the_kernel_as_in_pytorch():
-    """Probe and gradient, in float32: the contrast of two contractions is right to the square root of what a token is moved by."""
+    """Probe and gradient, in float32: the contrast of two contractions is right to the square root of what a token is moved
+    by."""
     torch.manual_seed(0)
     model = models.LanguageModel(vocab=11, width=16, heads=4, context=6, block=blocks.Thick(init=0.6))
     inputs = torch.randint(0, 11, (5, 6))
