@@ -136,16 +136,13 @@ class Agenda:
 
     store: Store
     waiting: list[RunConfig]
-    total: int = 0
+    total: int
     done: int = 0
     late: int = 0
     failed: int = 0
     killed: set[str] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
     looked: float = -math.inf
-
-    def __post_init__(self) -> None:
-        self.total = len(self.waiting)
 
     def next(self) -> RunConfig | None:
         """The next run that no other process trains, or None; those that another has recorded meanwhile are done."""
@@ -196,7 +193,7 @@ def train(profile: str, configs: list[RunConfig], workers: int, device: str, bud
         os.environ.setdefault(name, value)
     deadline, printed = time.monotonic() + budget, 0.0
     task = partial(_work, profile, root=root, device=device, backend=backend, end=time.time() + budget)
-    agenda, team = Agenda(Store(profile, root), list(configs)), [Worker() for _ in range(workers)]
+    agenda, team = Agenda(Store(profile, root), list(configs), len(configs)), [Worker() for _ in range(workers)]
     try:
         while True:
             for worker in team:

@@ -287,16 +287,22 @@ def test_a_profile_that_cannot_be_read_is_refused_with_file_line_and_what(text, 
 
 def test_runs_that_another_process_trains_are_left_to_it(root, command, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train, "BUSY_SECONDS", 0.05)
-    store, [first, _] = Store("x", root), configurations("x", "tiny", root)
+    store, [first, second] = Store("x", root), configurations("x", "tiny", root)
+    codes = []
+    calls = threading.Thread(target=lambda: codes.append(command()))
     with lease(store._lease(first)):
-        assert command("--budget", "6s") == 3
-        said = capsys.readouterr().out
-        assert "tiny/bptt-lr0.003-seed0: done (1 of 2" in said and "1 of 2 runs are unfinished" in said
-        trained = threading.Thread(target=lambda: store._train(first, float("inf"), "cpu", print, None, lambda: None))
-        trained.start()
-        assert command("--budget", "60s") == 0
-        trained.join()
-    assert "tiny/ep-lr0.003-seed0: done by another command (1 of 1" in capsys.readouterr().out
+        calls.start()
+        until = time.monotonic() + 120
+        while not store.find(second):
+            assert time.monotonic() < until and calls.is_alive()
+            time.sleep(0.05)
+        assert calls.is_alive() and store.find(first) is None
+        assert command("--only", "ep-", "--budget", "0.3s") == 3  # what another trains is unfinished here
+        store._train(first, float("inf"), "cpu", lambda _: None, None, lambda: None)
+        calls.join(120)
+    said = capsys.readouterr().out
+    assert codes == [0] and "tiny/bptt-lr0.003-seed0: done (1 of 2" in said and "1 of 1 runs are unfinished" in said
+    assert "tiny/ep-lr0.003-seed0: done by another command (2 of 2" in said
 
 
 def test_workers_are_as_many_as_the_processors_that_this_process_may_use(tmp_path, monkeypatch):
