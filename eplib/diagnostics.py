@@ -261,6 +261,7 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
     generator = torch.Generator().manual_seed(0)
     rows = []
     for inputs, targets in batches:
+        inputs, targets = (part.to(model.position.device) for part in (inputs, targets))
         if noise:
             inputs = inputs + noise * torch.randn(inputs.shape, generator=generator).to(inputs)
         state: Tensor | None = None
@@ -269,7 +270,7 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
             phase = model.settle(inputs, Relaxation(step=step, max_steps=max_steps, tol=tol), state)
             state, total = phase.value, phase.steps + total
             steps.append(total)
-            reached.append(phase.residual <= tol)
+            reached.append((phase.residual <= tol) & (total <= max_steps))  # the steps to the residuals above count as well
         best = model.logits(model.block.output(phase.value)).topk(2)
         rows.append((torch.stack(steps, -1), torch.stack(reached, -1), best.values[:, 0] - best.values[:, 1],
                      best.indices[:, 0] == targets))

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 import eplib.data
 import systems  # noqa: F401  (one thread)
 from eplib import blocks, diagnostics, estimators, training
-from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, ResidualDriven
+from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven
 from eplib.data import RawFile
 from eplib.records import Store, summarise
-from eplib.solvers import Relaxation
+from eplib.solvers import FixedHorizon, Relaxation
 from eplib.starts import LinearStart
 from eplib.training import (
     Architecture,
@@ -449,6 +449,51 @@ def test_a_gated_step_applies_the_penalties_alone(root, tmp_path):
     assert not any(row["gated"] for row in free.advance().rows)
 
 
+def test_a_nudged_phase_that_did_not_settle_is_gated_by_the_same_rule(root, tmp_path):
+    """Its bound is the gate, or its own tolerance where that is above; the free phase has settled in each of these runs."""
+    settles, short = Relaxation(step=0.8, max_steps=60, tol=1e-4), Relaxation(step=0.8, max_steps=1, tol=1e-3)
+    kinds = {"solver": settles, "estimator": estimators.DyadicEP(), "steps": 2, "keep": ()}
+    runs = {name: config(**kinds | changes) for name, changes in {
+        "unsettled": {"gate": 0.01, "nudged": short}, "tolerant": {"gate": 1e-3, "nudged": replace(settles, tol=0.5)},
+        "settled": {"gate": 0.01, "nudged": settles}, "no gate": {"nudged": short}}.items()}
+    seen = {name: list(Trainer(run, tmp_path / name, root / "data").advance().rows) for name, run in runs.items()}
+    for name, rows in seen.items():
+        gated = name == "unsettled"
+        assert [row["gated_nudged"] for row in rows] == [gated] * 2
+        assert [row["task_gradient"] for row in rows] == [not gated] * 2
+        assert [row["nudged_unsettled"] for row in rows] == [name in ("unsettled", "no gate")] * 2
+        assert not any(row["gated"] or row["free_unsettled"] for row in rows)
+    assert min(row["nudged_residual_max"] for row in seen["unsettled"]) > 0.02  # by a margin
+    assert all(row["nudged_residual_max"] > 2e-3 for row in seen["tolerant"])  # above the gate, within its tolerance
+    metrics = Store("x", root).run(runs["unsettled"]).metrics
+    assert metrics["without_gradient"] == metrics["gated_nudged"] == 2 and metrics["gated"] == metrics["skipped"] == 0
+
+
+def test_a_gradient_or_loss_that_is_not_finite_moves_nothing(root, tmp_path, monkeypatch):
+    trainer = Trainer(config(penalties=()), tmp_path, root / "data")
+    trainer._step()
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    real = training.gradient
+    for change in ({"loss": math.nan}, {"grads": {name: value * math.nan for name, value in before.items()}}):
+        monkeypatch.setattr(training, "gradient", lambda *args, change=change, **more: replace(real(*args, **more), **change))
+        trainer._step()
+        row = trainer.progress.rows[-1]
+        assert row["task_gradient"] == 0 and row["skipped"] == 1
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_every_measured_value_is_in_the_row_of_its_step(root, tmp_path):
+    penalties = (LeadingMode(), ContractionRate(every=3), ContractionRate(per="token"))
+    trainer = Trainer(config(penalties=penalties), tmp_path, root / "data")
+    report = training.gradient(trainer.model, *trainer.task.batch(0), estimator=trainer.config.estimator,
+                               solver=trainer.config.solver, penalties=penalties)
+    rows = list(trainer.advance().rows)
+    assert {"abscissa_probe", "rate_probe", "rate_probe.2", "rate_probe_mean.2"} <= set(report.measured)
+    assert {name: rows[0][name] for name in report.measured} == report.measured
+    assert [math.isnan(row["rate_probe"]) for row in rows] == [False, True, True] * 2
+    assert not any(math.isnan(row["rate_probe.2"]) or math.isnan(row["abscissa_probe"]) for row in rows)
+
+
 def test_a_step_without_any_gradient_is_skipped_and_counted(root, tmp_path):
     run = config(gate=1e-12, penalties=(), keep=())
     trainer = Trainer(run, tmp_path, root / "data")
@@ -527,12 +572,13 @@ def test_an_annealed_nudge_moves_linearly_to_its_end(root, tmp_path):
 
 
 def test_a_frozen_run_trains_the_readout_alone(root, tmp_path):
-    trainer = Trainer(config(frozen=True, penalties=()), tmp_path, root / "data")
+    run = config(frozen=True, penalties=(), optimiser=Optimiser(lr=1e-2, weight_decay=0.1))
+    trainer = Trainer(run, tmp_path, root / "data")
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.advance()
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {"norm.weight", "norm.bias", "readout.weight"}
-    assert Trainer(config(frozen=True, penalties=()), tmp_path, root / "data").progress.step == 6  # its checkpoint loads
+    assert Trainer(run, tmp_path, root / "data").progress.step == 6  # its checkpoint loads
 
 
 def test_an_adaptive_run_records_how_many_steps_the_test_images_take(root):
@@ -572,6 +618,39 @@ def test_excursions_are_steps_above_a_tenth_and_not_finite_ones(root, tmp_path):
     progress.rows.columns["free_residual_max"] = array("d", [0.05, 0.1] * 3)
     metrics = summarise(trainer, progress)
     assert metrics["excursions"] == 0 and metrics["first_excursion"] is None
+
+
+def test_evaluation_says_who_settled_from_x_and_from_the_predicted_start(root, tmp_path):
+    run = config(start=LinearStart(refresh=1), solver=Relaxation(step=0.8, max_steps=4, tol=1e-2), steps=30, keep=(),
+                 optimiser=Optimiser(lr=1e-3))  # nearly at its initial weights
+    trainer = Trainer(run, tmp_path, root / "data")
+    metrics = summarise(trainer, trainer.advance())
+    residuals = torch.cat([run.solver.settle(trainer.model.block, trainer.model.clamp(inputs)).residual
+                           for inputs, _ in trainer.task.validation()])
+    assert metrics["final"]["settled"] == pytest.approx((residuals <= 1e-2).double().mean().item())
+    assert metrics["final"]["excursions"] == (residuals > 0.1).sum()
+    clamps = [trainer.model.clamp(inputs) for inputs, _ in trainer.task.validation()]
+    predicted = torch.cat([run.solver.settle(trainer.model.block, x, run.start(x, trainer.state)).residual for x in clamps])
+    assert metrics["training_start"]["residual_median"] == pytest.approx(predicted.median().item())
+    assert metrics["training_start"]["settled"] == pytest.approx((predicted <= 1e-2).double().mean().item())
+    assert not torch.allclose(predicted, residuals, rtol=0.1)
+    stopped, forces = evaluate(trainer.model, trainer.task, FixedHorizon(steps=0)), [trainer.model.block(x, x) for x in clamps]
+    sizes = torch.cat([force.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1) for force, x in zip(forces, clamps, strict=True)])
+    assert stopped["settled"] == 0 and 0 < stopped["excursions"] == (sizes > 0.1).sum() < len(sizes)
+    plain = Trainer(config(), tmp_path / "plain", root / "data")
+    assert "training_start" not in summarise(plain, plain.advance())
+
+
+def test_steps_to_a_residual_are_counted_from_the_start(corpus):
+    """However many residuals are read on the way, an image that took more than the most steps has not settled."""
+    run = config(**IMAGES | {"model": Architecture(width=8, heads=2, block=blocks.Thick(causal=False, init=0.5))})
+    task = build_task(run, corpus)
+    model, tolerances = build_model(run, task), (1e-1, 1e-2, 1e-3, 1e-4)
+    phases = {tol: model.settle(task.test[0], Relaxation(step=0.3, max_steps=200, tol=tol)).steps for tol in tolerances}
+    most = int(phases[1e-3].median())
+    found = diagnostics.adaptive_compute(model, task.validation(), 0.3, tolerances, max_steps=most)
+    for tol, steps in phases.items():
+        assert found[f"{tol:g}"]["unsettled"] == pytest.approx((steps > most).double().mean().item()), tol
 
 
 @pytest.mark.parametrize("kind", [{}, IMAGES], ids=["text", "images"])
