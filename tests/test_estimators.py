@@ -1,5 +1,6 @@
 """Every estimator against truth that does not use it: dense solves, closed forms, autograd, symmetric systems."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -499,3 +500,13 @@ def test_the_read_out_reuses_the_last_transposed_pass(monkeypatch):
     settled = Anderson(step=0.5, tol=1e-6, max_steps=200)
     report = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=settled, nudged=settled)
     assert report.nudged.status is Status.CONVERGED and len(passes) == report.nudged.evaluations
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_whether_a_gradient_is_finite_is_seen_without_a_copy_of_it(odd):
+    grads = {"weight": torch.ones(500, 500), "empty": torch.ones(0)}
+    with LiveBytes() as counter:
+        assert estimators._finite(grads) is grads
+    assert counter.peak < 100
+    grads["weight"][3, 5] = odd
+    assert estimators._finite(grads) is None
