@@ -355,6 +355,7 @@ def test_penalties_add_up_and_are_the_same_with_every_estimator():
         eplib.gradient(model, inputs, targets, estimator=estimators.OneStep(), solver=solver,
                        penalties=(one,)).measured["penalty"] for one in both)
     alone = eplib.gradient(model, inputs, targets, estimator=estimators.OneStep(), solver=solver, penalties=both[:1])
+    assert alone.penalty_grads and alone.penalty_grads.keys() == found[1].penalty_grads.keys()
     for name, grad in alone.penalty_grads.items():
         assert not torch.allclose(grad, found[1].penalty_grads[name]), name
         assert torch.equal(found[0].penalty_grads[name], found[1].penalty_grads[name]), name
