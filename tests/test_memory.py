@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eplib import kernels
+import eplib.data
 from test_training import corpus, root  # noqa: F401  (fixtures)
 
 GROWTH = 4 * 2**20  # bytes of resident memory from step 500 to step 2,000: allocators settle, and a row of the log has 0.4 kB
@@ -45,11 +45,9 @@ print(resident() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what is resident")
 @pytest.mark.parametrize("backend", ["torch", "compiled"])
-def test_resident_memory_is_flat_over_2000_steps(backend, root, tmp_path):  # noqa: F811
-    import eplib.data
-
-    if backend == "compiled" and not kernels.available():
-        pytest.skip("the compiled kernel is not built")
+def test_resident_memory_is_flat_over_2000_steps(backend, root, tmp_path, request):  # noqa: F811
+    if backend == "compiled":
+        request.getfixturevalue("compiled_kernel")
     script = tmp_path / "flat.py"
     script.write_text(SCRIPT.format(file=eplib.data.CORPORA["tinystories"]))
     done = subprocess.run([sys.executable, script, tmp_path / "run", root / "data", backend], capture_output=True, text=True,
