@@ -218,7 +218,8 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
     nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
     ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. A slope below what the contrast can resolve of
     the state counts as that (`ROUNDING`). Where the weights sum to zero the free phase's own residual, which moves all
-    trajectories alike, drops out. The trajectories start at z* - beta_k response, by default at z*. held: J at z*, where that
+    trajectories alike, drops out; a single one, which it would move by itself, relaxes under forces relative to F(z*). The
+    trajectories start at z* - beta_k response, by default at z*. held: J at z*, where that
     is what the correction consists of. Returns the final states as well.
     """
     centre = problem.state.unsqueeze(1)  # (B, 1, ...)
@@ -226,8 +227,11 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
     spacing = torch.finfo(problem.state.dtype).eps * norm(problem.state) * weights.abs().sum(1)
     unit = torch.maximum(problem.scale, ROUNDING * spacing)
 
+    alone = weights.shape[1] == 1
+    rest = problem.force(centre) if alone else 0
+
     def force(states: Tensor) -> Tensor:
-        push = problem.force(states) - factors * problem.loss_slope(states)
+        push = problem.force(states) - rest - factors * problem.loss_slope(states)
         return push if correction is None else push - correction(states)
 
     def combine(states: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
         if response is not None:
             start = start - factors * response.unsqueeze(1)
         phase = solver.solve(force, start, residual)
-        phase = replace(phase, evaluations=phase.evaluations * cost)
+        phase = replace(phase, evaluations=phase.evaluations * cost + FORCE * alone)
     away = phase.value - centre
     displacement = torch.stack([norm(one) for one in away.unbind(1)]).amax(0) / norm(problem.state)
     return Adjoint(-combine(away), phase, displacement, phase.evaluations), phase.value

@@ -27,8 +27,7 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
         raise ValueError(f"{name} has a second phase; give nudged, the solver of it")
     chosen = chosen if steps is None else chosen.limited(steps)
     if chosen.max_steps < 1:
-        raise ValueError(f"{name} has a second phase, which {chosen.kind} with no steps would leave where it starts; give "
-                         "nudged")
+        raise ValueError(f"{name} has a second phase, which {chosen.kind} of no steps leaves where it starts; give nudged")
     return chosen
 
 

@@ -101,8 +101,7 @@ def at_state(model: EquilibriumModel, inputs: Tensor, targets: Tensor, state: Te
     TypeError for an estimator without an equilibrium.
     """
     if not estimator.equilibrium:
-        raise TypeError(f"{type(estimator).__name__} differentiates a finite number of steps and has no gradient at a given "
-                        "state")
+        raise TypeError(f"{type(estimator).__name__} differentiates a finite number of steps; it has none at a given state")
     second = second_phase(estimator, None, nudged)
     check(model, inputs, targets, estimator, backend)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from eplib import blocks, calculus, contrast, controllers, estimators, models
 from eplib.blocks import Jacobian
 from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
 from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status
+from eplib.starts import LinearStart
 from systems import TIGHT, linear_batch, linear_system, transformer
 
 NUDGED = Relaxation(step=0.3, max_steps=2000, tol=1e-8)
@@ -183,6 +184,17 @@ def test_order_of_the_bias_in_the_nudge(make, order, betas):
                                        nudged=replace(NUDGED, tol=1e-10)).grads, truth)["total"].error for beta in betas]
     slope = torch.tensor(errors[1] / errors[0]).log().item() / torch.tensor(betas[1] / betas[0]).log().item()
     assert order - 0.25 < slope < order + 0.25, errors
+
+
+@pytest.mark.parametrize("nudging", ["one-sided", "random-sign"])
+def test_a_single_trajectory_does_not_contrast_what_the_free_phase_left(nudging):
+    """The free phase ends at a residual of 1e-3, ten times what a nudge of 1e-4 is: its own drift is no response."""
+    model, inputs, targets = transformer(init=0.3)
+    free = model.settle(inputs, Relaxation(step=0.3, max_steps=400, tol=1e-3))
+    pair, one = (estimators.at_state(model, inputs, targets, free.value, kind, NUDGED) for kind in (estimators.DyadicEP(), estimators.AsymEP(beta=1e-4, nudging=nudging)))
+    assert (free.residual > 1e-4).all() and one.nudged.status is Status.CONVERGED
+    for key, value in pair.grads.items():
+        assert (one.grads[key] - value).norm() < 1e-2 * value.norm(), key
 
 
 @pytest.mark.slow
@@ -449,8 +461,7 @@ def test_estimator_and_block_must_fit():
 
 
 def test_the_reported_cost_counts_every_force_linearisation_product_and_backward_pass(monkeypatch):
-    """Every evaluation of F, J, J v and J^T u, per sample of the batch, is in `force_evaluations`, and two for the
-    contraction."""
+    """Every F, J, J v and J^T u, per sample of the batch, is in `force_evaluations`, and two for the contraction."""
     model, inputs, targets = transformer()
     counted = {"n": 0}
 
@@ -471,7 +482,8 @@ def test_the_reported_cost_counts_every_force_linearisation_product_and_backward
     state = 1 + 2  # J at z* and the contraction with dF/dtheta
     kinds = [(estimators.AsymEP(beta=0.01, steps=5), 1 + 6 * 6), (estimators.DyadicEP(steps=5), 6), (estimators.OneStep(), 0),
              (estimators.VectorField(beta=0.01, steps=5), 2 * 6), (estimators.FeedbackAlignment(), 0),
-             (estimators.AsymEP(beta=0.01, steps=5, nudging="one-sided"), 1 + 3 * 6), (estimators.ShuffledNudge(steps=5), 6),
+             (estimators.AsymEP(beta=0.01, steps=5, nudging="one-sided"), 1 + 1 + 3 * 6),
+             (estimators.ShuffledNudge(steps=5), 6),
              (estimators.Tracking(beta=0.01, steps=5), 5 * 6), (estimators.Tracking(beta=0.01, steps=5, held=True), 4 * 6),
              (estimators.Tracking(beta=0.01, steps=5, held=True, warm=True), 6 + 4 * 6),
              (estimators.FlippedCorrection(beta=0.01, steps=5), 1 + 6 * 6),
@@ -513,3 +525,97 @@ def test_whether_a_gradient_is_finite_is_seen_without_a_copy_of_it(odd):
     assert counter.peak < 100
     grads["weight"][3, 5] = odd
     assert estimators._finite(grads) is None
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"inputs": torch.zeros(0, 6, dtype=torch.long), "targets": torch.zeros(0, 6, dtype=torch.long)}, "batch is empty"),
+    ({"targets": torch.zeros(4, 5, dtype=torch.long)}, r"targets of shape \(4, 5\) do not fit inputs of shape \(4, 6\)"),
+    ({"targets": torch.zeros(6, 4, dtype=torch.long)}, r"targets of shape \(6, 4\) do not fit"),
+    ({"inputs": torch.zeros(4, 6, dtype=torch.long, device="meta")}, "inputs are on meta and the model is on cpu"),
+    ({"start": torch.zeros(4, 6, 8, dtype=torch.float64)}, "start is .* and states of EquilibriumBlock are"),
+    ({"estimator": estimators.OneStep(), "nudged": NUDGED}, "OneStep .* nudged=Relaxation would do nothing"),
+    ({"estimator": estimators.BPTT(steps=2), "start": LinearStart()}, "BPTT .* start=LinearStart would do nothing"),
+    ({"estimator": estimators.AsymEP(steps=3), "nudged": NUDGED}, "AsymEP has steps=3.*nudged=Relaxation has its own"),
+    ({"solver": FixedHorizon(steps=0)}, "FixedHorizon of no steps")], ids=str)
+def test_what_does_not_fit_is_refused_before_anything_is_computed(changes, message):
+    model, inputs, targets = transformer()
+    call = {"inputs": inputs, "targets": targets, "estimator": estimators.DyadicEP(), "solver": TIGHT} | changes
+    with pytest.raises(ValueError, match=message):
+        eplib.gradient(model, **call)
+
+
+def test_a_held_linear_response_has_no_beta_and_a_moving_one_needs_it():
+    with pytest.raises(ValueError, match=r"beta=0\.2 would do nothing"):
+        estimators.DyadicEP(beta=0.2)
+    with pytest.raises(ValueError, match="give its beta"):
+        estimators.DyadicEP(held=False)
+
+
+@pytest.mark.parametrize("estimator", [estimators.DyadicEP(), estimators.AsymEP(), estimators.BPTT(steps=5),
+                                       estimators.Implicit()], ids=name)
+def test_a_gradient_is_the_same_under_no_grad_and_refused_in_inference_mode(estimator):
+    model, inputs, targets = transformer(init=0.3)
+    call = phases(estimator)
+    plain = eplib.gradient(model, inputs, targets, **call)
+    with torch.no_grad():
+        again = eplib.gradient(model, inputs, targets, **call)
+    assert all(torch.equal(again.grads[key], value) for key, value in plain.grads.items())
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        eplib.gradient(model, inputs, targets, **call)
+
+
+@pytest.mark.parametrize("kept", [("readout",), ("embedding",), ("block.layers.wo",)], ids=str)
+def test_frozen_weights_get_no_gradient_of_a_penalty(kept):
+    model, inputs, targets = transformer(init=0.3)
+    kinds = (controllers.ContractionRate(target=0.1), controllers.LeadingMode(margin=0.95), controllers.Homeostasis(),
+             controllers.JacobianNorm(), controllers.ResidualPenalty())
+    call = {"estimator": estimators.OneStep(), "solver": Relaxation(step=0.3, max_steps=5), "penalties": kinds}
+    full = eplib.gradient(model, inputs, targets, **call)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(kept))
+    part = eplib.gradient(model, inputs, targets, **call)
+    assert set(part.penalty_grads) == {key for key in full.penalty_grads if key.startswith(kept)}
+    assert part.measured["penalty"] == pytest.approx(full.measured["penalty"], rel=1e-9)
+    for key, value in part.penalty_grads.items():
+        assert torch.allclose(value, full.penalty_grads[key]), key
+
+
+@pytest.mark.parametrize("solver", [FixedHorizon(step=0.3, steps=60), Snapshot(step=0.3, max_steps=60)], ids=name)
+def test_a_warm_tracking_takes_a_solver_without_a_tolerance(solver):
+    model, inputs, targets = transformer(init=0.3)
+    truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
+    report = eplib.gradient(model, inputs, targets, estimator=estimators.Tracking(beta=1e-3, warm=True), solver=TIGHT,
+                            nudged=solver)
+    assert agreement(report.grads, truth)["total"].error < 1e-3
+
+
+def test_what_left_no_gradient_is_said():
+    """A free phase, a warm start's linear phase, and a gradient that is not finite although its phases are."""
+    model, inputs, targets = transformer()
+    wild = Relaxation(step=2.0, max_steps=400, tol=1e-9)
+    penalised = {"penalties": (controllers.ResidualPenalty(),)}
+    found = eplib.gradient(model, inputs, targets, estimator=estimators.Tracking(beta=1e-3, warm=True), solver=TIGHT,
+                           nudged=wild, **penalised)
+    assert found.grads is None and found.failed == "nudged" and found.nudged.status is Status.DIVERGED and found.penalty_grads
+    shuffled = eplib.gradient(model, inputs, targets, estimator=estimators.ShuffledNudge(), solver=TIGHT, nudged=wild)
+    assert shuffled.grads is None and shuffled.failed == "nudged"
+    free = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=wild, **penalised)
+    assert free.grads is None and free.failed == "free" and free.penalty_grads == {}
+    with torch.no_grad():
+        model.readout.weight[0] = torch.inf
+    broken = eplib.gradient(model, inputs, targets, estimator=estimators.OneStep(), solver=TIGHT)
+    assert broken.free.status is Status.CONVERGED and broken.grads is None
+    assert broken.failed == "gradient" and broken.status is Status.NONFINITE
+
+
+def test_the_gradient_at_a_given_state_is_that_of_the_call_that_reached_it():
+    model, inputs, targets = transformer(init=0.3)
+    whole = eplib.gradient(model, inputs, targets, estimator=estimators.AsymEP(beta=0.1), solver=TIGHT, nudged=NUDGED)
+    at = estimators.at_state(model, inputs, targets, whole.free.value, estimators.AsymEP(beta=0.1), NUDGED)
+    assert all(torch.equal(at.grads[key], value) for key, value in whole.grads.items())
+    spent = [report.measured["force_evaluations"] for report in (whole, at)]
+    assert spent[1] == spent[0] - whole.free.evaluations + 1 and at.loss == whole.loss
+    with pytest.raises(TypeError, match="BPTT differentiates a finite number"):
+        estimators.at_state(model, inputs, targets, whole.free.value, estimators.BPTT())
+    with pytest.raises(ValueError, match="AsymEP has a second phase; give nudged"):
+        estimators.at_state(model, inputs, targets, whole.free.value, estimators.AsymEP())
