@@ -282,7 +282,7 @@ def _check(case, model, inputs, targets, z, j, g, single) -> str:
     a = None if z is None else adjoint(kind, report, wide, targets, z, j, g).detach()
     expected = truth(wide, inputs, targets, z, a)
     bias = 1e-2 if kind in ("one-sided", "random-sign") else 1e-4  # of first order in beta
-    left = 10 * report.nudged.residual.max().item() if report.nudged else 0.0  # what a second phase of few steps has not settled
+    left = 10 * report.nudged.residual.max().item() if report.nudged else 0.0  # of what has not settled
     compare(report.grads, expected, max(bias, 3e-2 if single else 0.0) + left)
     if kinds:
         x = model.clamp(inputs).detach()

@@ -599,13 +599,15 @@ def test_what_left_no_gradient_is_said():
     assert found.grads is None and found.failed == "nudged" and found.nudged.status is Status.DIVERGED and found.penalty_grads
     shuffled = eplib.gradient(model, inputs, targets, estimator=estimators.ShuffledNudge(), solver=TIGHT, nudged=wild)
     assert shuffled.grads is None and shuffled.failed == "nudged"
-    free = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=wild, **penalised)
-    assert free.grads is None and free.failed == "free" and free.penalty_grads == {}
     with torch.no_grad():
         model.readout.weight[0] = torch.inf
     broken = eplib.gradient(model, inputs, targets, estimator=estimators.OneStep(), solver=TIGHT)
     assert broken.free.status is Status.CONVERGED and broken.grads is None
     assert broken.failed == "gradient" and broken.status is Status.NONFINITE
+    with torch.no_grad():
+        model.block.layers.w2.weight[0] = torch.nan
+    free = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT, **penalised)
+    assert free.grads is None and free.failed == "free" and free.penalty_grads == {}
 
 
 def test_the_gradient_at_a_given_state_is_that_of_the_call_that_reached_it():
