@@ -191,7 +191,8 @@ def test_a_single_trajectory_does_not_contrast_what_the_free_phase_left(nudging)
     """The free phase ends at a residual of 1e-3, ten times what a nudge of 1e-4 is: its own drift is no response."""
     model, inputs, targets = transformer(init=0.3)
     free = model.settle(inputs, Relaxation(step=0.3, max_steps=400, tol=1e-3))
-    pair, one = (estimators.at_state(model, inputs, targets, free.value, kind, NUDGED) for kind in (estimators.DyadicEP(), estimators.AsymEP(beta=1e-4, nudging=nudging)))
+    pair, one = (estimators.at_state(model, inputs, targets, free.value, kind, NUDGED)
+                 for kind in (estimators.DyadicEP(), estimators.AsymEP(beta=1e-4, nudging=nudging)))
     assert (free.residual > 1e-4).all() and one.nudged.status is Status.CONVERGED
     for key, value in pair.grads.items():
         assert (one.grads[key] - value).norm() < 1e-2 * value.norm(), key
