@@ -50,38 +50,22 @@ def differences(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str 
             if seeds[0][seed] is not None and seeds[1].get(seed) is not None]
 
 
-def paired(arms: dict[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> float | None:
-    """Mean of `differences`; None if the arms share no seed."""
-    found = differences(arms, ours, theirs, metric)
-    return sum(found) / len(found) if found else None
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """Of paired differences: their mean, its 95 % interval [low, high] (Student's t), and p, the larger p value of the two
-    one-sided tests against -margin and +margin; None where there are fewer than two pairs."""
+    """Of values over seeds, or of paired differences: how many, their mean and its 95 % interval [low, high] (Student's t),
+    None where there are fewer than two."""
 
     pairs: int
     mean: float | None
     low: float | None = None
     high: float | None = None
-    p: float | None = None
-
-    @property
-    def equivalent(self) -> bool | None:
-        """Whether the mean lies within the margin at the 5 % level; None where that cannot be said."""
-        return None if self.p is None else self.p < 0.05
 
 
-def compare(differences: list[float], margin: float) -> Comparison:
-    """Equivalence by two one-sided tests (Schuirmann 1987) of paired `differences` at +-`margin` (> 0)."""
+def compare(values: list[float]) -> Comparison:
+    """The mean of `values` with its interval."""
     from scipy import stats  # with the pipeline, not with the bare library
 
-    if margin <= 0:
-        raise ValueError(f"margin = {margin}; equivalence needs a margin above zero")
-    if len(differences) < 2:
-        return Comparison(len(differences), differences[0] if differences else None)
-    ends = [stats.ttest_1samp(differences, side * margin, alternative="greater" if side < 0 else "less") for side in (-1, 1)]
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    return Comparison(len(differences), sum(differences) / len(differences), float(interval.low), float(interval.high),
-                      float(max(end.pvalue for end in ends)))
+    if len(values) < 2:
+        return Comparison(len(values), values[0] if values else None)
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return Comparison(len(values), sum(values) / len(values), float(interval.low), float(interval.high))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, paired, spread
+from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
 from .config import ConfigurationError, digest, parse, plain, sparse
 from .diagnostics import adaptive_compute
 from .files import leftovers, write_atomically
@@ -37,7 +37,7 @@ from .solvers import FixedHorizon, Solver, Substitution
 from .training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
-           "load_profile", "machine", "mean_loss", "paired", "save_machine", "save_result", "source_digest", "spread",
+           "load_profile", "machine", "mean_loss", "save_machine", "save_result", "source_digest", "spread",
            "summarise"]
 
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels

@@ -153,7 +153,7 @@ def settled_cell(runs: Iterable[Run], of: Callable[[Run], tuple[float, float]] =
 def interval(values: Iterable[float], undecided: str | None = None) -> dict:
     """A mean over seeds as results files hold it and `pipelines.claims` decides it: {mean, low, high, n}, the 95 % interval by
     Student's t, None where there are too few; with `undecided`, why it decides nothing."""
-    found = compare(list(values), math.inf)
+    found = compare(list(values))
     return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.pairs} | (
         {"undecided": undecided} if undecided else {})
 

@@ -271,8 +271,7 @@ def test_arms_are_compared_at_their_best_rate_and_seed_by_seed():
     assert records.mean_loss({"ep": runs[2:4]}, "ep") is None
     assert records.spread(arms, "ep") == pytest.approx(0.5 ** 0.5)
     assert records.spread({"ep": runs[:1]}, "ep") is None and records.spread({"ep": runs[2:4]}, "ep") is None
-    assert records.paired(arms, "ep", "bp") == pytest.approx(((2.0 - 1.5) + (3.0 - 1.0)) / 2)
-    assert records.paired({"ep": runs[:1], "bp": runs[5:6]}, "ep", "bp") is None
+    assert records.differences({"ep": runs[:1], "bp": runs[5:6]}, "ep", "bp") == []
 
 
 # --- profiles
@@ -478,19 +477,14 @@ def test_a_budget_that_ends_gives_status_3_and_the_next_call_goes_on(command, ro
     assert [json.loads(path.read_text())["sessions"] for path in (root / "results").rglob("machine.json")] == [2, 2]
 
 
-def test_equivalence_is_decided_by_two_one_sided_tests():
-    """Against the two t statistics by hand; one pair decides nothing."""
-    differences = [0.10, 0.20, 0.05, 0.10, 0.15]
-    found = records.compare(differences, margin=0.3)
-    error = statistics.stdev(differences) / math.sqrt(5)
+def test_the_interval_of_a_mean_is_students():
+    """Against the t statistic by hand; one value has no interval."""
+    values = [0.10, 0.20, 0.05, 0.10, 0.15]
+    found = records.compare(values)
+    half = stats.t.isf(0.025, 4) * statistics.stdev(values) / math.sqrt(5)
     assert math.isclose(found.mean, 0.12) and found.pairs == 5
-    assert math.isclose(found.p, stats.t.sf((0.3 - 0.12) / error, 4), rel_tol=1e-9)  # the side that is closer
-    assert math.isclose(found.high - found.low, 2 * stats.t.isf(0.025, 4) * error, rel_tol=1e-9)
-    assert found.equivalent and records.compare([value + 0.2 for value in differences], 0.3).equivalent is False
-    assert records.compare([0.1], 0.3) == records.Comparison(1, 0.1) and records.compare([], 0.3).mean is None
-    assert records.compare([0.1], 0.3).equivalent is None
-    with pytest.raises(ValueError, match="margin = 0"):
-        records.compare(differences, 0)
+    assert math.isclose(found.low, 0.12 - half, rel_tol=1e-9) and math.isclose(found.high, 0.12 + half, rel_tol=1e-9)
+    assert records.compare([0.1]) == records.Comparison(1, 0.1) and records.compare([]).mean is None
 
 
 def test_ranks_are_those_of_scipy():
