@@ -4,6 +4,7 @@ A nudged phase relaxes states z_k under F - beta_k g - correction, all trajector
 them into the adjoint state a = -dz/dbeta at beta = 0. `estimators` says which nudges, weights and correction.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -140,9 +141,15 @@ class Problem:
             clamped = torch.autograd.grad((into * x).sum(), weights, allow_unused=True) if x.requires_grad else ()
         through = {name: value for name, value in zip(trained, clamped, strict=False) if value is not None}
         self._check(trained, moved.keys() | through.keys())
+        holders = Counter(value.data_ptr() for part in (through, moved) for value in part.values())
+
+        def mean(total: Tensor) -> Tensor:  # in place, but where another gradient, or another entry, has the same memory
+            apart = holders[total.data_ptr()] == 1 and 0 not in total.stride()
+            return total.div_(batch) if apart else total / batch
+
         grads: dict[str, Tensor] = {}
         for name, value in trained.items():
-            parts = [part.pop(name) / batch for part in (through, moved) if name in part]
+            parts = [mean(part.pop(name)) for part in (through, moved) if name in part]
             parts += [self.readout[2][name]] if name in self.readout[2] else []
             grads[name] = sum(parts[1:], parts[0]) if parts else torch.zeros_like(value)
         return grads

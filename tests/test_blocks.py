@@ -666,3 +666,18 @@ def test_linear_attention_is_over_all_tokens():
     dense = torch.autograd.functional.jacobian(lambda state: block(state, x), z).reshape(48, 48)
     with torch.no_grad():
         assert torch.allclose(block.linearise(z, x).transposed(v).flatten(), dense.T @ v.flatten(), atol=1e-10)
+
+
+def test_the_batch_divides_a_gradient_in_place(monkeypatch):
+    """A second copy of the size of the weights would be most of what a gradient takes."""
+    model, inputs, targets = transformer(init=0.3)
+    kept, contract = {}, blocks.Jacobian.contract
+
+    def keeping(self, u):
+        found = contract(self, u)
+        kept.update({f"block.{name}": value.data_ptr() for name, value in found[0].items()})
+        return found
+
+    monkeypatch.setattr(blocks.Jacobian, "contract", keeping)
+    report = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT)
+    assert kept and all(report.grads[name].data_ptr() == place for name, place in kept.items())
