@@ -1,10 +1,13 @@
 """What E5 says of training runs: how far right the spectrum of J went, in which mode, and how many of the runs crossed zero."""
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from . import tables
+from .runconfig import RunConfig
 from .runs import Run
 from .spectra import CONVERGED
 
@@ -14,12 +17,11 @@ UNCONVERGED = "Ritz values that had not converged at the right edge"
 @dataclass(frozen=True)
 class Mode:
     """The eigenvalue of J furthest right in a run: abscissa, its real part; frequency, its imaginary part, 0 for a real mode;
-    the update step at which it was found; and whether all of the run's abscissas are measurements."""
+    and the update step at which it was found."""
 
     abscissa: float
     frequency: float
     step: int
-    measured: bool
 
     @property
     def crossed(self) -> bool:
@@ -42,7 +44,7 @@ def rightmost(run: Run) -> Mode:
     """The rightmost mode over a run's evaluations: value and frequency are those of one mode."""
     at = int(np.nanargmax(run.curve["abscissa"]))
     curve = run.curve
-    return Mode(float(curve["abscissa"][at]), float(curve["frequency"][at]), int(curve["step"][at]), measured(run))
+    return Mode(float(curve["abscissa"][at]), float(curve["frequency"][at]), int(curve["step"][at]))
 
 
 def rate_step(run: Run) -> float:
@@ -50,21 +52,43 @@ def rate_step(run: Run) -> float:
     return float(run.curve["rate_step"][-1]) if "rate_step" in run.curve else run.config.solver.step
 
 
+def over_seeds(runs: Iterable[Run], like: RunConfig) -> dict:
+    """Mean over seeds of a run's largest abscissa, as results files hold it (`tables.interval`).
+
+    Of the runs that have the setting of `like` (learning rate, width, context, number of steps); those of one seed are averaged
+    first, since only seeds are draws. `undecided` where some abscissas are no measurement.
+    """
+    chosen, seeds = [run for run in runs if _setting(run.config) == _setting(like)], {}
+    for run in chosen:
+        seeds.setdefault(run.config.seed, []).append(rightmost(run).abscissa)
+    return tables.interval(map(statistics.fmean, seeds.values()), _unmeasured(chosen))
+
+
 def crossing(runs: Iterable[Run]) -> dict | None:
     """The rightmost mode of some runs as results files hold it: value, frequency of the same mode, n runs, how many crossed
     zero, how many of these in a complex pair; `undecided` where some abscissas are no measurement. None without a run."""
-    modes = [rightmost(run) for run in runs]
-    if not modes:
+    runs = list(runs)
+    if not runs:
         return None
+    modes = [rightmost(run) for run in runs]
     first = max(modes, key=lambda mode: mode.abscissa)
     crossed = [mode for mode in modes if mode.crossed]
-    guessed = sum(not mode.measured for mode in modes)
+    why = _unmeasured(runs)
     return {"value": first.abscissa, "frequency": first.frequency, "n": len(modes), "crossed": len(crossed),
-            "oscillating": sum(mode.oscillates for mode in crossed)} | (
-        {"undecided": f"{guessed} of {len(modes)} runs hold {UNCONVERGED}"} if guessed else {})
+            "oscillating": sum(mode.oscillates for mode in crossed)} | ({"undecided": why} if why else {})
 
 
 def listed(runs: Iterable[Run], digits: int = 3) -> str:
     """Every run's rightmost mode as a table prints it: abscissa and, of a complex pair, its frequency."""
     return ", ".join(f"{mode.abscissa:.{digits}f}" + (f" (±{mode.frequency:.2f}i)" if mode.oscillates else "")
                      for mode in map(rightmost, runs))
+
+
+def _setting(config: RunConfig) -> tuple:
+    return config.optimiser.lr, config.model.width, config.model.context, config.steps
+
+
+def _unmeasured(runs: Sequence[Run]) -> str | None:
+    """Why the abscissas of some runs decide nothing, None where all are measurements."""
+    guessed = sum(not measured(run) for run in runs)
+    return f"{guessed} of {len(runs)} runs hold {UNCONVERGED}" if guessed else None

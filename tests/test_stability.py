@@ -8,18 +8,23 @@ import pytest
 from eplib import stability
 
 
-def run(abscissa, frequency, residual=None, step=0.5, **curve):
+def config(seed=0, lr=8e-3, width=64, context=64, steps=600, step=0.5):
+    return SimpleNamespace(seed=seed, steps=steps, optimiser=SimpleNamespace(lr=lr), solver=SimpleNamespace(step=step),
+                           model=SimpleNamespace(width=width, context=context))
+
+
+def run(abscissa, frequency, residual=None, *, config=config(), **curve):
     columns = {"step": 10 * np.arange(1, len(abscissa) + 1), "abscissa": np.array(abscissa), "frequency": np.array(frequency)}
     if residual is not None:
         columns["abscissa_residual"] = np.array(residual)
     return SimpleNamespace(curve=columns | {key: np.array(value) for key, value in curve.items()},
-                           config=SimpleNamespace(solver=SimpleNamespace(step=step)))
+                           config=config)
 
 
 def test_value_and_frequency_are_those_of_one_mode_of_one_run():
     runs = [run([-0.4, 0.2, -0.1], [0.0, 0.0, 2.1], [0, 0, 0]), run([-0.4, 0.9, 0.7], [0.0, 2.46, 0.0], [0, 0, 0]),
             run([-0.4, -0.3, -0.2], [3.0, 0.0, 1.0], [0, 0, 0])]
-    assert stability.rightmost(runs[1]) == stability.Mode(0.9, 2.46, 20, True)
+    assert stability.rightmost(runs[1]) == stability.Mode(0.9, 2.46, 20)
     assert stability.crossing(runs) == {"value": 0.9, "frequency": 2.46, "n": 3, "crossed": 2, "oscillating": 1}
     assert stability.listed(runs) == "0.200, 0.900 (±2.46i), -0.200 (±1.00i)"
 
@@ -34,6 +39,22 @@ def test_ritz_values_that_have_not_converged_decide_nothing(residual):
     found = stability.crossing([run([-0.4, -0.2], [0.0, 0.0], [0, 0]), run([-0.4, -0.1], [0.0, 0.0], residual)])
     assert "1 of 2 runs" in found["undecided"]
     assert "undecided" not in stability.crossing([run([-0.4], [0.0], [1e-5])])
+
+
+def test_the_interval_of_a_crossing_is_over_the_seeds_of_one_setting():
+    at_default = [run([-1.0, value], [0.0, 0.0], [0, 0], config=config(seed))
+                  for seed, value in ((0, 1.0), (0, 3.0), (1, 4.0), (2, 6.0))]
+    elsewhere = [run([9.0], [0.0], config=config(seed=3, **other))
+                 for other in ({"lr": 4e-3}, {"width": 32}, {"context": 128}, {"steps": 3000})]
+    found = stability.over_seeds([*elsewhere, *at_default], config(seed=7))
+    half = 4.302652729911275 * 2 / 3**0.5  # Student's t of 2 degrees of freedom; 2, 4 and 6 have the deviation 2
+    assert found == {"mean": 4.0, "low": pytest.approx(4 - half), "high": pytest.approx(4 + half), "n": 3}
+
+
+def test_seeds_whose_abscissas_are_no_measurement_decide_no_crossing():
+    runs = [run([0.1 + seed], [0.0], residual, config=config(seed)) for seed, residual in enumerate(([0], None, [0.5]))]
+    assert "2 of 3 runs" in stability.over_seeds(runs, config())["undecided"]
+    assert stability.over_seeds([], config()) == {"mean": None, "low": None, "high": None, "n": 0}
 
 
 def test_without_a_run_nothing_is_known():
