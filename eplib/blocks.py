@@ -19,7 +19,7 @@ trajectories run as one batch.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -93,8 +93,8 @@ class Jacobian(Derivative):
     """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights'
     names in the block; causal: whether a token's force depends on those before it only."""
 
-    def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, weights: Iterable[Tensor], decay: float,
-                 owner: str, causal: bool):
+    def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, weights: Callable[[], Iterable[Tensor]],
+                 decay: float, owner: str, causal: bool):
         super().__init__(z, x, weights)
         self.inner, self.decay, self.owner, self.by_token = inner, decay, owner, causal
 
@@ -137,17 +137,18 @@ class EquilibriumBlock(Dynamical):
 
     def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
         layers = self.layers
-        return Jacobian(ParallelSlope(layers, z), z, x, layers.parameters(), 1 + self.damping, "layers.", layers.causal)
+        return Jacobian(ParallelSlope(layers, z), z, x, layers.parameters, 1 + self.damping, "layers.", layers.causal)
 
     def prefix(self) -> Prefix | None:
-        return Prefix(self.layers, 1 + self.damping) if self.altered() is None and self.layers.causal else None
+        whole = type(self).output is not Dynamical.output or "output" in vars(self)  # may read out several tokens together
+        return None if whole or self.altered() is not None or not self.layers.causal else Prefix(self.layers, 1 + self.damping)
 
 
 class StackJacobian(Derivative):
     """J of `LayeredBlock`: -1 on the diagonal, each layer's derivative below it."""
 
     def __init__(self, stack: Any, inputs: Tensor, x: Tensor):
-        super().__init__(inputs, x, stack.parameters())
+        super().__init__(inputs, x, stack.parameters)
         self.layers = [SequentialSlope(layers, z) for layers, z in zip(stack, inputs.unbind(-3), strict=True)]
 
     def product(self, v: Tensor) -> Tensor:
@@ -260,7 +261,7 @@ class ThinBlock(Dynamical):
         return alteration(self, ThinBlock, {"qkv": nn.Linear, "wo": nn.Linear, "memory": Memory})
 
     def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
-        return Jacobian(ThinSlope(self, z), z, x, self.parameters(), 1 + self.damping, "", self.causal)
+        return Jacobian(ThinSlope(self, z), z, x, self.parameters, 1 + self.damping, "", self.causal)
 
 
 class EnergyBlock(Dynamical):

@@ -16,7 +16,7 @@ differentiable in the weights, which is how a penalty on J v gets its gradient f
 import math
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -513,7 +513,8 @@ class Derivative:
 
         product(v)         J v
         transposed(u)      J^T u
-        contract(u)        gradient of <u, F>: {name in the block: tensor} in all weights that F depends on, and in the clamp x
+        contract(u)        gradient of <u, F>: {name in the block: tensor} in all weights that F depends on, and in the clamp x;
+                           who asks for it may write to what is returned
         by_token           whether the diagonal blocks J_tt over tokens have all of J's eigenvalues, as in a causal block, and
         token_product(v)   J_tt v_t of every token t is there
 
@@ -522,15 +523,16 @@ class Derivative:
 
     by_token = False
 
-    def __init__(self, z: Tensor, x: Tensor, weights: Iterable[Tensor] = ()):
-        """weights: those that products by hand go through."""
-        self.at, self.clamped, self.weights = z.shape, x.shape, tuple(weights)
-        self.written = writes(self.weights)
+    def __init__(self, z: Tensor, x: Tensor, weights: Callable[[], Iterable[Tensor]] = tuple):
+        """weights: gives those that products by hand go through."""
+        self.at, self.clamped, self.weights = z.shape, x.shape, weights
+        self.made_of = tuple(weights())  # kept alive, so that a replaced weight is seen by its address
+        self.written = writes(self.made_of)
 
     def _along(self, v: Tensor, several: bool = True) -> Tensor:
         """The direction. Raises `ShapeError` for a shape that would be broadcast to mean something else, RuntimeError once the
         weights are others than at the linearisation."""
-        if writes(self.weights) != self.written:
+        if writes(self.weights()) != self.written:
             raise RuntimeError("the block's weights have changed since it was linearised; linearise it again")
         if v.dim() != len(self.at) or any(n != m and not (several and n == 1) for n, m in zip(self.at, v.shape, strict=True)):
             raise ShapeError(f"a direction {tuple(v.shape)} does not fit J at states {tuple(self.at)}; linearise at states "

@@ -141,10 +141,10 @@ class Problem:
             clamped = torch.autograd.grad((into * x).sum(), weights, allow_unused=True) if x.requires_grad else ()
         through = {name: value for name, value in zip(trained, clamped, strict=False) if value is not None}
         self._check(trained, moved.keys() | through.keys())
-        holders = Counter(value.data_ptr() for part in (through, moved) for value in part.values())
+        holders = Counter(value.untyped_storage().data_ptr() for part in (through, moved) for value in part.values())
 
-        def mean(total: Tensor) -> Tensor:  # in place, but where another gradient, or another entry, has the same memory
-            apart = holders[total.data_ptr()] == 1 and 0 not in total.stride()
+        def mean(total: Tensor) -> Tensor:  # in place, but where another gradient, or another entry, may have the same memory
+            apart = holders[total.untyped_storage().data_ptr()] == 1 and 0 not in total.stride()
             return total.div_(batch) if apart else total / batch
 
         grads: dict[str, Tensor] = {}
@@ -192,11 +192,11 @@ class Uses:
 
     equilibrium: it needs a settled free phase. second_phase: a solver solves a nudged or adjoint phase for it, in at most
     `steps`, which it then has. compiled: the compiled kernel computes something of it. explicit: it is for blocks whose start
-    state is the answer.
+    state is the answer. rounds: its second phase may begin in half precision, which two states to be contrasted may not.
     """
 
     equilibrium = second_phase = compiled = True
-    explicit = False
+    explicit = rounds = False
 
 
 @dataclass(frozen=True)
@@ -226,16 +226,15 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
     ||Re sum_k w_k F_k|| / ||g(z*)||: times the step it is the increment of a. A slope below what the contrast can resolve of
     the state counts as that (`ROUNDING`). Where the weights sum to zero the free phase's own residual, which moves all
     trajectories alike, drops out; a single one, which it would move by itself, relaxes under forces relative to F(z*). The
-    trajectories start at z* - beta_k response, by default at z*. held: J at z*, where that
-    is what the correction consists of. Returns the final states as well.
+    trajectories start at z* - beta_k response, by default at z*. held: J at z*, where that is what the correction consists of.
+    Returns the final states as well.
     """
     centre = problem.state.unsqueeze(1)  # (B, 1, ...)
     factors, shares = lanes(nudges, problem.state), lanes(weights, problem.state)
     spacing = torch.finfo(problem.state.dtype).eps * norm(problem.state) * weights.abs().sum(1)
     unit = torch.maximum(problem.scale, ROUNDING * spacing)
 
-    alone = weights.shape[1] == 1
-    rest = problem.force(centre) if alone else 0
+    rest: Tensor | float = 0.0
 
     def force(states: Tensor) -> Tensor:
         push = problem.force(states) - rest - factors * problem.loss_slope(states)
@@ -254,6 +253,8 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
         allowed = unit.unsqueeze(1) / (2 * weights.shape[1] * weights.abs())
         phase = _in_rounds(problem, solver, factors, allowed, held, response, residual)
     else:
+        alone = weights.shape[1] == 1
+        rest = problem.force(centre) if alone else rest
         start = centre.repeat_interleave(factors.shape[1], 1).to(factors.dtype)
         if response is not None:
             start = start - factors * response.unsqueeze(1)

@@ -49,6 +49,7 @@ CORPORA = {
 }
 DATA = Path(__file__).resolve().parent.parent / "data"  # wherever a notebook or a command is started
 TOKENS = re.compile(r"chars|bpe([1-9][0-9]*)")
+BPE_SHARE = 0.9  # of a text, from its start, from which byte pairs are learned: a run holds out at most what comes after it
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .intact import refuse_hooked_wrapper
 from .models import Backend, Classifier, EquilibriumModel, LanguageModel
 from .solvers import Solver, refuse_rounding
 from .starts import LinearStart
@@ -22,6 +23,9 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
     if nudged is not None and steps is not None:
         raise ValueError(f"{name} has steps={steps}, a horizon for where nudged is not given, and nudged={nudged.kind} "
                          "has its own; give one of the two")
+    if nudged is not None and nudged.coarse is not None and not estimator.rounds:
+        raise ValueError(f"{name} has a second phase of which nothing may be rounded, so the half precision of "
+                         f"nudged={nudged.kind} would do nothing; use solvers.Anderson")
     chosen = nudged or solver
     if chosen is None:
         raise ValueError(f"{name} has a second phase; give nudged, the solver of it")
@@ -31,8 +35,10 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
     return chosen
 
 
-def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend) -> None:
-    """Raises ValueError or TypeError where model, batch, estimator and backend do not fit."""
+def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend,
+          penalties: tuple = ()) -> None:
+    """Raises ValueError or TypeError where model, batch, estimator, backend and penalties do not fit."""
+    refuse_hooked_wrapper(model.block)
     if torch.is_inference_mode_enabled() or inputs.is_inference() or targets.is_inference():
         raise ValueError("autograd cannot record under torch.inference_mode, or from tensors made there: call gradient outside "
                          "of it, with torch.no_grad() or nothing around, on a clone of such tensors")
@@ -56,6 +62,8 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
     if estimator.explicit and not model.block.explicit:
         raise TypeError(f"{name} needs a feedforward block, got {block}; use BPTT(steps=...) to backpropagate through a "
                         "relaxation")
+    if estimator.explicit and penalties:
+        raise ValueError(f"{block} has no dynamics that {type(penalties[0]).__name__} could act on; leave penalties out")
     if backend == "compiled" and not estimator.compiled:
         raise ValueError(f"the compiled kernel computes nothing of {name}; use backend=\"torch\"")
 
@@ -77,6 +85,8 @@ def first_state(start: Tensor | LinearStart | None, block: Any, x: Tensor, carri
             raise ValueError(f"LinearStart predicts states of the clamp's shape, {tuple(x.shape)}, and those of {name} have "
                              f"{tuple(shape)}; leave it out")
         return start(x, carried)
+    if start.is_inference():
+        raise ValueError("autograd cannot record from a state made under torch.inference_mode; give a clone of it")
     if start.shape != shape or start.dtype != x.dtype or start.device != x.device:
         raise ValueError(f"start is {start.dtype} {tuple(start.shape)} on {start.device}, and states of {name} are {x.dtype} "
                          f"{tuple(shape)} on {x.device}")

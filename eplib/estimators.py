@@ -76,7 +76,7 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     ValueError if anything else does not (`entry`); a diverged phase is no exception but gives `grads=None`.
     """
     second = second_phase(estimator, solver, nudged)
-    check(model, inputs, targets, estimator, backend)
+    check(model, inputs, targets, estimator, backend, penalties)
     state = dict(state or {})
     if not estimator.equilibrium:
         refuse_start(estimator, start)

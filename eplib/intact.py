@@ -81,6 +81,14 @@ def bare(block: Any) -> Any:
     return block
 
 
+def refuse_hooked_wrapper(block: Any) -> None:
+    """Raises TypeError where torch.compile's wrapper of the block has hooks: the block's derivative and its way through tokens
+    see nothing of them."""
+    if isinstance(block, nn.Module) and block is not bare(block) and _hooked(block):
+        raise TypeError(f"torch.compile's wrapper of {type(bare(block)).__name__} has hooks, with which it computes another "
+                        "force than the block; register hooks on the block, then compile it")
+
+
 def compiled(block: nn.Module) -> bool:
     """Whether torch.compile computes it, or a part of it."""
     return any("_orig_mod" in part._modules or part._compiled_call_impl for part in block.modules())

@@ -47,6 +47,8 @@ def lease(path: Path) -> Iterator[Callable[[], None]]:
     renewal.start()
 
     def check() -> None:
+        if not path.exists():
+            raise Lost(f"{path.stem}: its lease at {path} was removed while the run was at work")
         if not _is(path, mine):
             raise Lost(f"{path.stem}: not renewed for {STALE:.0f} s, so {holder(path) or 'another process'} took it over")
 

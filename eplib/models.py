@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .blocks import Block, Dynamical, EquilibriumBlock
 from .calculus import EPS, linear, normalise
+from .intact import refuse_hooked_wrapper
 from .solvers import Solution, Solver, Status
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class EquilibriumModel(nn.Module):
     def dynamics(self, backend: Backend = "torch") -> "Dynamical | CompiledBlock":
         """What computes the block: the block itself, or the compiled kernel at its present weights. Raises
         `kernels.KernelError` where the kernel is not built or does not know the block."""
+        refuse_hooked_wrapper(self.block)
         if backend == "torch":
             return self.block
         if backend != "compiled":
@@ -198,6 +200,7 @@ class LanguageModel(EquilibriumModel):
 
     def _check_request(self, prompt: Tensor, tokens: int, temperature: float) -> None:
         """Raises TypeError or ValueError for what `generate` cannot do."""
+        refuse_hooked_wrapper(self.block)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {temperature}; a finite number")
         if tokens < 0:

@@ -130,6 +130,10 @@ class Tracking(Uses):
     held: bool = False
     warm: bool = False
 
+    @property
+    def rounds(self) -> bool:  # type: ignore[override]  # of the class it is a constant
+        return self.warm
+
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         def correction(pair: Tensor) -> Tensor:
             plus, minus = pair.unbind(1)
@@ -172,6 +176,10 @@ class DyadicEP(Uses):
             raise ValueError("held=False relaxes under a nudge; give its beta")
         return self
 
+    @property
+    def rounds(self) -> bool:  # type: ignore[override]  # of the class it is a constant
+        return self.held
+
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         if self.held:
             phase = solver.adjoint(problem.jacobian, problem.slope, problem.scale)
@@ -198,6 +206,8 @@ class ShuffledNudge(Uses):
 
     kind: Literal["ShuffledNudge"] = "ShuffledNudge"
     steps: Steps | None = None
+
+    rounds = True
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         targets = problem.targets

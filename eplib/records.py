@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy
 from torch import Tensor
 
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
@@ -216,15 +215,14 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
 
     above = ~(rows.column("free_residual_max") <= EXCURSION)
     best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(float(row["loss"])) else math.inf)
-    rates = progress.curve.column("rate_arnoldi")
-    rates = rates[~numpy.isnan(rates)]
+    rate = progress.curve.column("rate_arnoldi")[-1]  # of the last weights: none where their phase diverged
     counts = {name: int(rows.column(name).sum())
               for name in ("gated", "gated_nudged", "skipped", "force_evaluations", "audit_evaluations")}
     metrics = {"final": evaluated(config.solver), "best_loss": best["loss"], "best_step": best["step"],
                "excursions": int(above.sum()), "first_excursion": int(above.argmax()) + 1 if above.any() else None,
                "without_gradient": len(rows) - int(rows.column("task_gradient").sum())} | counts | {
-               "rate_arnoldi": float(rates[-1]) if len(rates) else None,
-               "rate_step": config.solver.step if len(rates) else None,
+               "rate_arnoldi": None if math.isnan(rate) else float(rate),
+               "rate_step": None if math.isnan(rate) else config.solver.step,
                "parameters": sum(p.numel() for p in model.parameters())}
     if config.start:
         metrics["training_start"] = evaluated(config.solver, trainer.predicted_start)

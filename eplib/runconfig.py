@@ -9,6 +9,7 @@ from .blocks import Block, Feedforward, Layered
 from .config import configuration
 from .contrast import Beta
 from .controllers import Penalty
+from .data import BPE_SHARE
 from .entry import second_phase
 from .estimators import Estimator
 from .solvers import Relaxation, Solver
@@ -35,6 +36,13 @@ class Text:
     corpus: Literal["plays", "tinyshakespeare", "tinystories"]
     tokens: Literal["chars", "bpe1024", "bpe4096"] = "chars"
     validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+
+    @model_validator(mode="after")
+    def _unseen(self) -> "Text":
+        if self.tokens != "chars" and self.validation + BPE_SHARE > 1 + 1e-9:
+            raise ValueError(f"{self.tokens} was learned on the first {BPE_SHARE:.0%} of the text, so "
+                             f"validation={self.validation} would hold out what it has seen; choose at most {1 - BPE_SHARE:.2g}")
+        return self
 
 
 @configuration
@@ -150,14 +158,20 @@ class RunConfig:
     @model_validator(mode="after")
     def _measurements_fit(self) -> "RunConfig":
         kind = self.estimator.kind
-        if any(step > self.steps for step in self.keep):
-            raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}")
+        if any(step >= self.steps for step in self.keep):
+            raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}, or the last, which is kept anyway")
         if self.audit_every and not self.estimator.equilibrium:
             raise ValueError(f"audit_every compares gradients at one free equilibrium, which estimator {kind} does not have")
         if self.audit_every and self.audit_every > self.steps:
             raise ValueError(f"audit_every {self.audit_every} comes after the last step, {self.steps}: there would be no audit")
+        if self.audit_every and self.second.max_steps < 1:
+            raise ValueError(f"audit_every compares with a second phase, which {self.second.kind} of no steps cannot settle; "
+                             "give nudged, or audit_every: null")
         if self.anneal and getattr(self.estimator, "beta", None) is None:
             raise ValueError(f"anneal moves the nudge's beta, which the estimator {kind} does not have")
+        if self.anneal and (self.anneal == getattr(self.estimator, "beta", None) or self.steps == 1):
+            raise ValueError(f"anneal {self.anneal} would move nothing in {self.steps} steps from the estimator's beta; leave it "
+                             "out")
         if self.frozen and (self.penalties or self.audit_every):
             raise ValueError("frozen leaves penalties nothing to change and audits nothing to compare; give penalties: [] and "
                              "audit_every: null")

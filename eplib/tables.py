@@ -114,9 +114,9 @@ def evaluated_excursions(runs: Iterable[Run]) -> str | None:
     if any(map(_explicit, runs)):
         return None
     finals = [run.metrics["final"] for run in runs]
-    if any(final["residual_max"] is None for final in finals):
+    if any("excursions" not in final and final["residual_max"] is None for final in finals):
         return "?"
-    counts = [final.get("excursions", int(final["residual_max"] > EXCURSION)) for final in finals]
+    counts = [final["excursions"] if "excursions" in final else int(final["residual_max"] > EXCURSION) for final in finals]
     exact = all("excursions" in final or final["residual_max"] <= EXCURSION for final in finals)
     return f"{'' if exact else '≥ '}{sum(counts)}"
 

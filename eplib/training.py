@@ -39,8 +39,10 @@ ALWAYS = ("rate_probe", "penalty", "coefficient", "displacement", "audit_cosine"
 
 
 def fastest_backend(config: RunConfig, device: str = "cpu") -> Backend:
-    """The compiled kernel where it is built and knows the run's block and what its estimator asks of it, else PyTorch."""
+    """The compiled kernel where it is built and knows the run's block and what its estimator and solvers ask of it, else
+    PyTorch."""
     fits = device == "cpu" and config.estimator.compiled and knows(config.model.block, config.model.width, config.model.heads)
+    fits = fits and config.solver.coarse is None and config.second.coarse is None
     return "compiled" if fits and available() else "torch"
 
 

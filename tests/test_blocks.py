@@ -681,3 +681,71 @@ def test_the_batch_divides_a_gradient_in_place(monkeypatch):
     monkeypatch.setattr(blocks.Jacobian, "contract", keeping)
     report = eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT)
     assert kept and all(report.grads[name].data_ptr() == place for name, place in kept.items())
+
+
+class Parts(nn.Module):
+    """a and b side by side, and c over both: their gradients are views of one tensor, of which c's is the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(0.1 * torch.randn(8, dtype=torch.float64)) for _ in range(2))
+        self.c = nn.Parameter(0.1 * torch.randn(16, dtype=torch.float64))
+
+    def forward(self):
+        return torch.cat([self.a, self.b]) + self.c
+
+
+@pytest.mark.parametrize("where", ["clamp", "block"])
+def test_gradients_that_overlap_are_each_divided_by_the_batch_once(where):
+    class Own(blocks.Dynamical):
+        def __init__(self):
+            super().__init__()
+            self.parts = Parts()
+
+        def forward(self, z, x):
+            return x - z + torch.tanh(z) * self.parts()
+
+    model, inputs, targets = transformer()
+    if where == "block":
+        model.block = Own()
+    else:
+        model.parts, embedding = Parts(), model.embedding
+        model.embedding = nn.Sequential(embedding)
+        model.clamp = lambda ids: embedding(ids) + model.position[: ids.shape[-1]] + model.parts()
+    ours, truth = settled_gradient(model, inputs, targets)
+    assert sum(".parts." in f".{key}" for key in truth) == 3
+    for key, value in truth.items():
+        assert torch.allclose(ours[key], value, rtol=1e-6, atol=1e-9), key
+
+
+def test_hooks_on_the_wrapper_of_a_compiled_block_are_refused_wherever_it_is_computed(compiled_kernel):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = models.LanguageModel(11, 16, 4, 6, blocks.Thick(init=0.3))
+    inputs = torch.randint(11, (2, 6))
+    model.block = torch.compile(model.block, backend="eager")
+    model.block.register_forward_hook(lambda block, arguments, force: 0.9 * force)
+    solver = Relaxation()
+    for use in (lambda: model.settle(inputs, solver), lambda: model.settle(inputs, solver, backend="compiled"),
+                lambda: model.generate(inputs[0, :3], 1, solver),
+                lambda: eplib.gradient(model, inputs, inputs, estimator=estimators.BPTT(steps=2), solver=solver)):
+        with pytest.raises(TypeError, match="wrapper of EquilibriumBlock has hooks"):
+            use()
+
+
+def test_a_derivative_is_of_weights_that_were_not_replaced():
+    block, x, z = system(blocks.Thick())
+    with torch.no_grad():
+        jacobian = block.linearise(z, x)
+        block.layers.w1.weight = nn.Parameter(3 * block.layers.w1.weight)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            jacobian.product(z)
+
+
+def test_tokens_settle_one_by_one_only_where_they_are_read_out_one_by_one():
+    class Mixed(blocks.EquilibriumBlock):
+        def output(self, z):
+            return z.cumsum(-2)
+
+    plain = blocks.Thick().build(16, 4, 6)
+    assert plain.prefix() is not None and Mixed(plain.layers, 0.0).prefix() is None

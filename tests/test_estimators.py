@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 import eplib
 from eplib import blocks, calculus, contrast, controllers, estimators, models
 from eplib.blocks import Jacobian
+from eplib.controllers import Homeostasis
 from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
-from eplib.solvers import Anderson, FixedHorizon, Relaxation, Snapshot, Status
+from eplib.entry import second_phase
+from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status
 from eplib.starts import LinearStart
 from systems import TIGHT, linear_batch, linear_system, transformer
 
@@ -622,3 +624,24 @@ def test_the_gradient_at_a_given_state_is_that_of_the_call_that_reached_it():
         estimators.at_state(model, inputs, targets, whole.free.value, estimators.BPTT())
     with pytest.raises(ValueError, match="AsymEP has a second phase; give nudged"):
         estimators.at_state(model, inputs, targets, whole.free.value, estimators.AsymEP())
+
+
+def test_half_precision_of_a_phase_that_rounds_nothing_is_refused():
+    model, inputs, targets = transformer()
+    model = model.float()
+    for estimator in (estimators.AsymEP(), estimators.Implicit(), estimators.VectorField(), estimators.Tracking()):
+        with pytest.raises(ValueError, match=f"{estimator.kind} has a second phase of which nothing may be rounded"):
+            eplib.gradient(model, inputs, targets, estimator=estimator, solver=Relaxation(), nudged=MixedPrecision())
+    for estimator in (estimators.DyadicEP(), estimators.ShuffledNudge(), estimators.Tracking(warm=True)):
+        assert second_phase(estimator, None, MixedPrecision()) == MixedPrecision()
+
+
+def test_penalties_of_a_block_without_dynamics_and_states_of_inference_mode_are_refused():
+    model, inputs, targets = transformer()
+    with torch.inference_mode():
+        state = model.settle(inputs, Relaxation()).value
+    with pytest.raises(ValueError, match=r"state made under torch\.inference_mode"):
+        estimators.at_state(model, inputs, targets, state, estimators.DyadicEP(), Relaxation())
+    plain = models.LanguageModel(11, 16, 4, 6, blocks.Feedforward()).double()
+    with pytest.raises(ValueError, match="no dynamics that Homeostasis could act on"):
+        eplib.gradient(plain, inputs, targets, estimator=estimators.Backprop(), solver=Relaxation(), penalties=(Homeostasis(),))

@@ -99,6 +99,8 @@ def test_a_holder_renews_its_lease_and_hears_when_another_has_taken_it(tmp_path,
         with lease(path), pytest.raises(Lost, match=r"process .* took it over"):
             check()
         assert not path.exists()
+        with pytest.raises(Lost, match="was removed while the run was at work"):
+            check()
         path.write_text("somebody else's")
     assert path.exists()  # what is not its own is not given back
 

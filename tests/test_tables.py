@@ -88,6 +88,8 @@ def test_excursions_of_an_evaluation_are_counted_or_bounded():
     counted.metrics["final"]["excursions"] = 4
     assert tables.evaluated_excursions([run(), counted]) == "4"
     assert tables.evaluated_excursions([run(largest=None)]) == "?"
+    counted.metrics["final"]["residual_max"] = None  # of a sample that is not finite
+    assert tables.evaluated_excursions([run(), counted]) == "4"
     assert tables.evaluated_excursions([run(kind="Feedforward")]) is None
 
 

@@ -27,7 +27,7 @@ from eplib import blocks, diagnostics, estimators, training
 from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven
 from eplib.data import RawFile
 from eplib.records import Store, summarise
-from eplib.solvers import FixedHorizon, Relaxation
+from eplib.solvers import FixedHorizon, MixedPrecision, Relaxation
 from eplib.starts import LinearStart
 from eplib.training import (
     Architecture,
@@ -40,6 +40,7 @@ from eplib.training import (
     build_model,
     build_task,
     evaluate,
+    fastest_backend,
 )
 from pipelines import data as preparing
 
@@ -368,6 +369,12 @@ def test_runs_of_different_learning_rates_have_different_names():
     (BACKPROP | {"penalties": (Homeostasis(),)}, "no fixed point to act at"),
     ({"nudged": Relaxation(), "estimator": estimators.AsymEP(steps=4)}, "give one of the two"),
     ({"anneal": 0.1}, "the nudge's beta, which the estimator DyadicEP does not have"),
+    ({"anneal": 0.1, "estimator": estimators.AsymEP(beta=0.1)}, "anneal 0.1 would move nothing in 6 steps"),
+    ({"anneal": 0.1, "estimator": estimators.AsymEP(beta=0.2), "steps": 1, "keep": ()},
+     "anneal 0.1 would move nothing in 1 steps"),
+    ({"keep": (6,)}, "or the last, which is kept anyway"),
+    ({"estimator": estimators.OneStep(), "solver": FixedHorizon(steps=0), "audit_every": 2},
+     "a second phase, which FixedHorizon of no steps cannot settle"),
     ({"estimator": estimators.OneStep(), "anneal": 0.1}, "the nudge's beta, which the estimator OneStep does not have"),
     ({"frozen": True}, "give penalties: ..; audits|frozen leaves penalties nothing to change"),
     ({"adaptive": True}, "adaptive counts the iterations of MNIST's test images"),
@@ -375,6 +382,19 @@ def test_runs_of_different_learning_rates_have_different_names():
 def test_parts_of_a_configuration_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_byte_pairs_are_not_learned_on_what_a_run_holds_out():
+    assert Text(corpus="plays", tokens="bpe1024", validation=0.1).validation == 0.1
+    with pytest.raises(ValueError, match=r"bpe1024 was learned on the first 90% of the text, so validation=0.3"):
+        Text(corpus="plays", tokens="bpe1024", validation=0.3)
+
+
+def test_half_precision_is_not_for_the_kernel_that_is_chosen_unasked(compiled_kernel):
+    fitting = {"model": Architecture(width=16, heads=4, context=8, block=blocks.Thick()), "estimator": estimators.DyadicEP()}
+    assert fastest_backend(config(**fitting)) == "compiled"
+    assert fastest_backend(config(**fitting, nudged=MixedPrecision())) == "torch"
+    assert fastest_backend(config(**fitting | {"solver": MixedPrecision()})) == "torch"
 
 
 # --- the step
