@@ -41,7 +41,8 @@ class Text:
     def _unseen(self) -> "Text":
         if self.tokens != "chars" and self.validation + BPE_SHARE > 1 + 1e-9:
             raise ValueError(f"{self.tokens} was learned on the first {BPE_SHARE:.0%} of the text, so "
-                             f"validation={self.validation} would hold out what it has seen; choose at most {1 - BPE_SHARE:.2g}")
+                             f"validation={self.validation} would hold out what it has seen; choose at most "
+                             f"{1 - BPE_SHARE:.2g}")
         return self
 
 
@@ -170,8 +171,8 @@ class RunConfig:
         if self.anneal and getattr(self.estimator, "beta", None) is None:
             raise ValueError(f"anneal moves the nudge's beta, which the estimator {kind} does not have")
         if self.anneal and (self.anneal == getattr(self.estimator, "beta", None) or self.steps == 1):
-            raise ValueError(f"anneal {self.anneal} would move nothing in {self.steps} steps from the estimator's beta; leave it "
-                             "out")
+            raise ValueError(f"anneal {self.anneal} would move nothing in {self.steps} steps from the estimator's beta; leave "
+                             "it out")
         if self.frozen and (self.penalties or self.audit_every):
             raise ValueError("frozen leaves penalties nothing to change and audits nothing to compare; give penalties: [] and "
                              "audit_every: null")
