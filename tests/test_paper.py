@@ -53,9 +53,10 @@ def fill(root: Path, profile: str = "quick") -> None:
     results = root / "results" / profile
     values: dict[str, dict[str, float]] = {}
     over_seeds = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
-    for kind, name, key in re.findall(r'#(val|interval)\("(\w+)", "(\w+)"', (root / "paper" / "main.typ").read_text()):
-        if kind == "interval" or key not in values.setdefault(name, {}):
-            values.setdefault(name, {})[key] = over_seeds if kind == "interval" else 12.5
+    text = (root / "paper" / "main.typ").read_text()
+    for kind, name, key in re.findall(r'#(val|interval|weighed|width)\("(\w+)", "(\w+)"', text):
+        if kind != "val" or key not in values.setdefault(name, {}):
+            values.setdefault(name, {})[key] = over_seeds if kind != "val" else 12.5
     for claim in claims.load(root):
         value = over_seeds if claim.get("seeds") else 0.5
         values.setdefault(claim["value"]["file"].split("/")[0], {})[claim["value"]["key"]] = value
