@@ -1,5 +1,6 @@
 """What E5 says of training runs: how far right the spectrum of J went, in which mode, and how many of the runs crossed zero."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,19 +38,24 @@ def measured(run: Run) -> bool:
     """Whether the abscissas along a run are exact or from Ritz pairs that had converged. Runs recorded before the residual was
     logged hold Ritz values of 40 Arnoldi vectors, which may lie left of the edge, or right of it where J is far from normal."""
     residual = run.curve.get("abscissa_residual")
-    return residual is not None and bool((residual <= CONVERGED).all())
+    return residual is not None and bool((residual <= CONVERGED)[~np.isnan(_abscissas(run))].all())
 
 
 def rightmost(run: Run) -> Mode:
-    """The rightmost mode over a run's evaluations: value and frequency are those of one mode."""
-    at = int(np.nanargmax(run.curve["abscissa"]))
-    curve = run.curve
+    """The rightmost mode over a run's evaluations: value and frequency are those of one mode; NaN where the phase diverged in
+    all of them."""
+    curve, found = run.curve, _abscissas(run)
+    if np.isnan(found).all():
+        return Mode(math.nan, math.nan, 0)
+    at = int(np.nanargmax(found))
     return Mode(float(curve["abscissa"][at]), float(curve["frequency"][at]), int(curve["step"][at]))
 
 
 def rate_step(run: Run) -> float:
     """The step s of the map I + s J whose spectral radius a run's rate_arnoldi is."""
-    return float(run.curve["rate_step"][-1]) if "rate_step" in run.curve else run.config.solver.step
+    steps = run.curve.get("rate_step", np.array([]))
+    steps = steps[~np.isnan(steps)]
+    return float(steps[-1]) if len(steps) else run.config.solver.step
 
 
 def over_seeds(runs: Iterable[Run], like: RunConfig) -> dict:
@@ -58,7 +64,8 @@ def over_seeds(runs: Iterable[Run], like: RunConfig) -> dict:
     Of the runs that have the setting of `like` (learning rate, width, context, number of steps); those of one seed are averaged
     first, since only seeds are draws. `undecided` where some abscissas are no measurement.
     """
-    chosen, seeds = [run for run in runs if _setting(run.config) == _setting(like)], {}
+    chosen = [run for run in runs if _setting(run.config) == _setting(like)]
+    seeds: dict[int, list[float]] = {}
     for run in chosen:
         seeds.setdefault(run.config.seed, []).append(rightmost(run).abscissa)
     return tables.interval(map(statistics.fmean, seeds.values()), _unmeasured(chosen))
@@ -71,7 +78,7 @@ def crossing(runs: Iterable[Run]) -> dict | None:
     if not runs:
         return None
     modes = [rightmost(run) for run in runs]
-    first = max(modes, key=lambda mode: mode.abscissa)
+    first = max(modes, key=lambda mode: -math.inf if math.isnan(mode.abscissa) else mode.abscissa)
     crossed = [mode for mode in modes if mode.crossed]
     why = _unmeasured(runs)
     return {"value": first.abscissa, "frequency": first.frequency, "n": len(modes), "crossed": len(crossed),
@@ -90,5 +97,13 @@ def _setting(config: RunConfig) -> tuple:
 
 def _unmeasured(runs: Sequence[Run]) -> str | None:
     """Why the abscissas of some runs decide nothing, None where all are measurements."""
+    lost = sum(bool(np.isnan(_abscissas(run)).any()) for run in runs)
+    if lost:
+        return f"in {lost} of {len(runs)} runs the phase diverged at an evaluation, which then has no spectrum"
     guessed = sum(not measured(run) for run in runs)
     return f"{guessed} of {len(runs)} runs hold {UNCONVERGED}" if guessed else None
+
+
+def _abscissas(run: Run) -> np.ndarray:
+    """One for each evaluation (n,), NaN where its phase diverged: then there is no fixed point to take it at."""
+    return run.curve.get("abscissa", np.full(len(run.curve["step"]), np.nan))

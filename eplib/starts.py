@@ -13,8 +13,8 @@ RIDGE = 1e-6  # of the normal equations, in units of their mean diagonal
 
 @configuration
 class LinearStart:
-    """z_0 = A (x, 1): the fixed point as a linear function of the clamp, fitted every `refresh` gradients to the last batch that
-    did not diverge.
+    """z_0 = A (x, 1): the fixed point as a linear function of the clamp, fitted every `refresh` gradients to the last batch
+    that did not diverge.
 
     A (C + 1, C), by ridge regression over all tokens, is carried in the report's state. It changes where the phase starts,
     never where it ends: the solver's residual is what it was. Only for states of the shape of the clamp.

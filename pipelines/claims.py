@@ -25,11 +25,10 @@ from __future__ import annotations
 import datetime
 import math
 import operator
-import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, load_yaml, read_json, write_text
+from pipelines.common import ROOT, PipelineError, command, dumps, for_profile, load_profile, load_yaml, read_json, write_text
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "not decided"
 FEWEST = 3  # seeds below which no mean is decided
@@ -191,4 +190,4 @@ def show(profile: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(for_profile("claims", __doc__, show))
+    command(lambda: for_profile("claims", __doc__, show))

@@ -14,12 +14,21 @@ import json
 import os
 import platform
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import ROOT, PipelineError, dumps, for_profile, load_profile, notebook_names, read_json, write_text
+from pipelines.common import (
+    ROOT,
+    PipelineError,
+    command,
+    dumps,
+    for_profile,
+    load_profile,
+    notebook_names,
+    read_json,
+    write_text,
+)
 
 PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
 
@@ -199,4 +208,4 @@ def show(profile: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(for_profile("paper", __doc__, show))
+    command(lambda: for_profile("paper", __doc__, show))

@@ -13,7 +13,6 @@ import hashlib
 import html
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipelines import claims, paper
 from pipelines.common import (
     ROOT,
     PipelineError,
+    command,
     dumps,
     for_profile,
     load_profile,
@@ -267,4 +267,4 @@ def show(profile: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(for_profile("report", __doc__, show))
+    command(lambda: for_profile("report", __doc__, show))

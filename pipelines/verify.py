@@ -9,11 +9,10 @@ piece by piece, may lack results. A claim that fails is a result, not an error.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from pipelines import claims, paper, report
-from pipelines.common import ROOT, for_profile, load_profile, notebook_names
+from pipelines.common import ROOT, command, for_profile, load_profile, notebook_names
 
 
 def missing(profile: str, root: Path = ROOT) -> list[str]:
@@ -52,4 +51,4 @@ def verify(profile: str, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(for_profile("verify", __doc__, verify))
+    command(lambda: for_profile("verify", __doc__, verify))

@@ -526,7 +526,7 @@ def test_the_horizon_of_bptt_is_measured_where_the_weights_are_and_travels_with_
     ask = ["--profile", "x", "--experiment", "tiny", "--steps"]
     assert horizon.main([*ask, "1", "60"]) == 0 and run.recorded_horizon == [near, far]
     assert horizon.main([*ask, "2"]) == 0 and run.recorded_horizon == [near, far]  # what is recorded stays
-    assert "steps 60" in capsys.readouterr().out
+    assert "steps 60" in (shown := capsys.readouterr().out) and "recorded before at other horizons" in shown
     shutil.rmtree(run.weights_folder)
     assert run.recorded_horizon == [near, far]
     with pytest.raises(FileNotFoundError, match="train the run here"):

@@ -13,7 +13,10 @@ def config(seed=0, lr=8e-3, width=64, context=64, steps=600, step=0.5):
                            model=SimpleNamespace(width=width, context=context))
 
 
-def run(abscissa, frequency, residual=None, *, config=config(), **curve):
+SETTING = config()
+
+
+def run(abscissa, frequency, residual=None, *, config=SETTING, **curve):
     columns = {"step": 10 * np.arange(1, len(abscissa) + 1), "abscissa": np.array(abscissa), "frequency": np.array(frequency)}
     if residual is not None:
         columns["abscissa_residual"] = np.array(residual)
@@ -64,3 +67,12 @@ def test_without_a_run_nothing_is_known():
 def test_a_rate_belongs_to_the_step_that_it_was_measured_at():
     assert stability.rate_step(run([0.0], [0.0])) == 0.5
     assert stability.rate_step(run([0.0], [0.0], rate_step=[0.8])) == 0.8
+
+
+def test_an_evaluation_whose_phase_diverged_has_no_spectrum_and_is_said():
+    whole, broken = run([-0.4, -0.2], [0.0, 0.0], [0, 0]), run([-0.4, np.nan], [0.0, np.nan], [0, np.nan])
+    gone = SimpleNamespace(curve={"step": np.array([1, 2])}, config=SETTING)
+    assert stability.measured(broken) and stability.rightmost(broken) == stability.Mode(-0.4, 0.0, 10)
+    assert np.isnan(stability.rightmost(gone).abscissa)
+    found = stability.crossing([whole, broken, gone])
+    assert found["value"] == -0.2 and "in 2 of 3 runs the phase diverged" in found["undecided"]
