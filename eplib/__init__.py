@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["gradient", "__version__"]
+__all__ = ["gradient", "ep_loss", "__version__"]
 
-_LAZY = {"gradient": "estimators"}
-_MODULES = ("blocks", "calculus", "comparisons", "controllers", "data", "diagnostics", "estimators", "evaluation", "gdu",
-            "horizons", "kernels", "log", "models", "plotting", "profiles", "records", "runconfig", "runs", "solvers",
-            "spectra", "starts", "tasks", "training")
+_LAZY = {"gradient": "estimators", "ep_loss": "autograd"}
+_MODULES = ("autograd", "blocks", "calculus", "comparisons", "controllers", "data", "diagnostics", "estimators",
+            "evaluation", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles", "records", "runconfig", "runs",
+            "solvers", "spectra", "starts", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import plain
 from .diagnostics import READOUT, agreement, without_readout
-from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient
+from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient, summed
 from .evaluation import EXCURSION, edges, evaluate, moved
 from .files import write_atomically
 from .kernels import available, knows
@@ -154,9 +154,7 @@ class Trainer:
         """One step of the optimiser along the sum of both gradients, clipped; its norm, and whether the step was made: without
         any gradient, or with one that is not finite, weights and moments stay as they are. A parameter that has no gradient,
         frozen or outside of what a penalty reaches, neither moves nor decays."""
-        total = dict(task)
-        for name, value in penalties.items():
-            total[name] = total[name] + value if name in total else value
+        total = summed(task, penalties)
         norm = torch.stack([value.norm() for value in total.values()]).norm().item() if total else 0.0
         if not total or not math.isfinite(norm):
             return norm, False

@@ -42,6 +42,15 @@ assert report.free.status is Status.CONVERGED and report.nudged.status is Status
 assert report.grads.keys() == dict(model.named_parameters()).keys()
 assert report.loss > 0 and all(grad.isfinite().all() and grad.any() for grad in report.grads.values())
 """,
+    "report.assign(": """
+assert all(torch.equal(parameter.grad, report.grads[name]) for name, parameter in model.named_parameters())
+assert report.loss < 4.5, report.loss  # of log 256 = 5.5 without learning
+before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+""",
+    "loss, report = eplib.ep_loss": """
+assert all(torch.allclose(parameter.grad - before[name], report.grads[name] / 4, atol=1e-6)
+           for name, parameter in model.named_parameters())
+""",
     "run.generate(": """
 assert run.curve["loss"].shape == (2,) and run.metrics["final"]["loss"] > 0 and run.config.estimator.kind == "DyadicEP"
 said = run.generate("The king", tokens=20)
@@ -56,13 +65,14 @@ def clone(tmp_path: Path) -> Path:
                         ignore=shutil.ignore_patterns("__pycache__", "profiles", "*.partial"))
     (tmp_path / "pipelines" / "profiles").mkdir()
     (tmp_path / "pipelines" / "profiles" / "quick.yaml").write_text(PROFILE)
+    shutil.copy(ROOT / "README.md", tmp_path)  # the text that it trains on
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "plays.txt.xz").symlink_to(ROOT / "data" / "plays.txt.xz")
     return tmp_path
 
 
 def test_the_code_blocks_run_one_after_the_other_and_every_phase_converges(tmp_path):
-    assert len(BLOCKS) == 3 and all(any(key in block for key in AFTER) for block in BLOCKS)
+    assert len(BLOCKS) == 5 and all(any(key in block for key in AFTER) for block in BLOCKS)
     if kernels.compiler():
         kernels.build()  # which the clone takes along
     script = BEFORE + "".join(block + "".join(check for key, check in AFTER.items() if key in block) for block in BLOCKS)
