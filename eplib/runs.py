@@ -85,8 +85,9 @@ class Run:
         return model
 
     def generate(self, prompt: str = PROMPT, tokens: int = 200, temperature: float = 0.8, seed: int = 0,
-                 step: int | None = None, root: Path = data.DATA) -> str:
-        """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver.
+                 step: int | None = None, root: Path = data.DATA, *, top_k: int | None = None) -> str:
+        """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver; temperature and
+        top_k as in `LanguageModel.generate`.
 
         Raises FileNotFoundError without weights here, `data.DataError` for a character that the run never trained on,
         ValueError for a run on images.
@@ -95,7 +96,8 @@ class Run:
         if not isinstance(task, TextTask):
             raise ValueError(f"{self.config.name} was trained on images, and only a text can be continued")
         model = cast(LanguageModel, self.model(step, root))
-        ids = model.generate(task.encode(prompt), tokens, self.config.solver, temperature, torch.Generator().manual_seed(seed))
+        ids = model.generate(task.encode(prompt), tokens, self.config.solver, temperature, torch.Generator().manual_seed(seed),
+                             top_k=top_k)
         return task.text.decode(ids.tolist())
 
     @property

@@ -244,9 +244,14 @@ def test_what_cannot_be_continued_is_refused():
             model.generate(wrong, 3, solver)
     with pytest.raises(TypeError, match="prompt must be ids"):
         model.generate(prompt.float(), 3, solver)
-    for temperature in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature}"):
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"temperature must be at least 0, .*got {temperature}"):
             model.generate(prompt, 1, solver, temperature)
+    for top_k in (0, -1, 12, 2.0, True):
+        with pytest.raises(ValueError, match=rf"top_k must be one of 1 \.\. 11, .*got {top_k}"):
+            model.generate(prompt, 1, solver, top_k=top_k)
+    with pytest.raises(ValueError, match="temperature 0 takes the likeliest token, so top_k=3 would do nothing"):
+        model.generate(prompt, 1, solver, 0.0, top_k=3)
     with pytest.raises(ValueError, match="tokens must be at least 0, got -1"):
         model.generate(prompt, -1, solver)
     assert torch.equal(model.generate(prompt, 0, solver), prompt)
@@ -254,6 +259,39 @@ def test_what_cannot_be_continued_is_refused():
         model.block.layers.wo.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"weights are not finite: block\.layers\.wo\.weight"):
         model.generate(prompt, 1, solver)
+
+
+def test_greedy_generation_takes_the_likeliest_token_of_the_whole_window_each_time():
+    model, solver = language_model(), Anderson(tol=1e-10)
+    nn.init.normal_(model.readout.weight)  # so that the likeliest is so by a margin
+    ids, drawn = torch.arange(3), torch.Generator().manual_seed(0)
+    before = drawn.get_state()
+    found = model.generate(ids, 3, solver, temperature=0, generator=drawn)
+    for _ in range(3):
+        logits = model.logits(model.block.output(model.settle(ids[None], solver).value))[0, -1]
+        ids = torch.cat([ids, logits.argmax()[None]])
+    assert torch.equal(found, ids) and torch.equal(drawn.get_state(), before)
+
+
+def test_of_the_k_likeliest_tokens_each_is_drawn_in_its_share_and_no_other():
+    """Against softmax(logits / temperature) over the k largest, normed to one by hand; of equal logits no more than k stay."""
+    values, generator, count = [0.3, 2.0, -1.0, 1.2, 1.2, 0.9, -4.0], torch.Generator().manual_seed(0), 2000
+    for k in (1, 2, 5, 7):
+        drawn = torch.cat([models._chosen(torch.tensor(values), 0.7, k, generator) for _ in range(count)])
+        likeliest = sorted(values, reverse=True)[:k]
+        weights = torch.tensor([math.exp(value / 0.7) for value in likeliest])
+        shares = torch.tensor([(torch.tensor(values)[drawn] == value).double().mean() / likeliest.count(value)
+                               for value in likeliest])
+        assert len(drawn.unique()) <= k
+        assert (shares - weights / weights.sum()).abs().max() < 0.06, (k, shares)  # five standard errors
+
+
+def test_one_likeliest_token_is_the_greedy_one_and_the_whole_vocabulary_leaves_out_none():
+    model, prompt, solver = language_model(), torch.arange(3), Relaxation(max_steps=30, tol=1e-4)
+    greedy, first, every, none = (
+        model.generate(prompt, 4, solver, temperature, torch.Generator().manual_seed(1), top_k=top_k)
+        for temperature, top_k in ((0, None), (0.8, 1), (0.8, 11), (0.8, None)))
+    assert torch.equal(greedy, first) and torch.equal(every, none) and not torch.equal(greedy, every)
 
 
 @pytest.mark.parametrize("block", [blocks.Thick(), blocks.Energy()], ids=lambda b: b.kind)

@@ -502,6 +502,9 @@ def test_text_is_generated_from_a_stored_checkpoint_and_travels_with_a_run_whose
     assert drawn == run.generate("The king", 12, root=data_folder) and len(drawn) == 20 and drawn.startswith("The king")
     assert len({run.generate("The king", 12, seed=seed, root=data_folder) for seed in range(3)}) > 1
     assert run.generate("The king", 12, temperature=1e-6, step=1, root=data_folder) != drawn
+    greedy = {run.generate("The king", 12, temperature=0, seed=seed, root=data_folder) for seed in range(2)}
+    likeliest = {run.generate("The king", 12, seed=seed, root=data_folder, top_k=1) for seed in range(2)}
+    assert greedy == likeliest and len(greedy) == 1
     with pytest.raises(data.DataError, match="cannot encode '€'"):
         run.generate("€", 1, root=data_folder)
     asking = root / "pipelines" / "profiles" / "y.yaml"
