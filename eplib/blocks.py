@@ -10,6 +10,8 @@ learning; it offers
     output(z) -> h            (..., T, C), read out by the model
     linearise(z, x)           the Jacobian J = dF/dz at z: J v, J^T u, and the gradient of <u, F> in weights and x
                               (`calculus.Derivative`)
+    nudged(z, x, pull)        the force under a pull of the loss, only where it is not F - pull: `energies.FromEnergy`, a block
+                              of your own given by its energy alone
 
 A derivative by hand is that of the block as it was built. A block that was altered since, by a hook, a parametrisation, an
 adapter, a force of a subclass's own, is differentiated automatically, and its tokens do not settle one after the other.

@@ -52,6 +52,11 @@ class Problem:
         """F(z) for states (B, ...) or for several per sample, (B, K, ...)."""
         return self.dynamics(z, self._lift(z))
 
+    def nudged(self, z: Tensor, pull: Tensor, rest: Tensor | float = 0.0) -> Tensor:
+        """F(z) - rest under the loss's pull; a block whose state is held in a box takes the pull inside it."""
+        within = getattr(bare(self.model.block), "nudged", None)
+        return self.force(z) - rest - pull if within is None else within(z, self._lift(z), pull) - rest
+
     def loss_slope(self, z: Tensor) -> Tensor:
         """g = d l_b / d z_b, same shape as z; several states per sample (B, K, ...) share the sample's targets.
 
@@ -237,7 +242,7 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
     rest: Tensor | float = 0.0
 
     def force(states: Tensor) -> Tensor:
-        push = problem.force(states) - rest - factors * problem.loss_slope(states)
+        push = problem.nudged(states, factors * problem.loss_slope(states), rest)
         return push if correction is None else push - correction(states)
 
     def combine(states: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 do nothing."""
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .intact import refuse_hooked_wrapper
+from .calculus import twice_differentiable
+from .intact import bare, refuse_hooked_wrapper
 from .models import Backend, Classifier, EquilibriumModel, LanguageModel
 from .solvers import Solver, refuse_rounding
 from .starts import LinearStart
@@ -66,6 +69,60 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
         raise ValueError(f"{block} has no dynamics that {type(penalties[0]).__name__} could act on; leave penalties out")
     if backend == "compiled" and not estimator.compiled:
         raise ValueError(f"the compiled kernel computes nothing of {name}; use backend=\"torch\"")
+    refuse_lost_graph(model, inputs)
+
+
+class _Slopes(TorchFunctionMode):
+    """Sees every torch.autograd.grad inside a force, and refuses those that fail without a graph around them, or of which the
+    result has none to the state."""
+
+    def __init__(self, block: str, state: Tensor):
+        super().__init__()
+        self.block, self.state = block, state
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.autograd.grad:
+            return function(*args, **kwargs)
+        taken = args[1] if len(args) > 1 else kwargs["inputs"]
+        inner = torch._C._functorch.is_functorch_wrapped_tensor  # what torch.func.grad differentiates in
+        apart = any(one.is_leaf and one is not self.state and not inner(one)
+                    for one in ((taken,) if isinstance(taken, Tensor) else taken))
+        if self.state.requires_grad and apart:
+            raise self.error("takes a slope by torch.autograd.grad in a detached copy of the state")
+        if self.state.requires_grad and not kwargs.get("create_graph", len(args) > 4 and args[4]):
+            raise self.error("takes a slope by torch.autograd.grad without create_graph=True")
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            raise self.error(f"calls torch.autograd.grad, which fails in phases that keep no graph ({error})") from error
+
+    def error(self, what: str) -> TypeError:
+        return TypeError(f"the force of {self.block} {what}; J, its derivative in the state, is then not what it seems. Take "
+                         "slopes by torch.func.grad, or give the energy alone: energies.FromEnergy")
+
+
+_SEEN: WeakSet[nn.Module] = WeakSet()  # blocks whose force was looked through
+
+
+@torch.no_grad()
+def refuse_lost_graph(model: EquilibriumModel, inputs: Tensor) -> None:
+    """Raises TypeError where a block of the user's own computes its force such that autograd sees nothing of the state, or not
+    all, and J^T a = -g would be solved for another J. Looks once at each block, on one sample."""
+    block: Any = bare(model.block)
+    if block in _SEEN or block.explicit or block.altered() is None:
+        return
+    x = model.clamp(inputs[:1])
+    state = block.start(x).detach()
+    looks = _Slopes(type(block).__name__, state)
+    with looks:
+        block(state, x)
+    looks.state = state = state.clone().requires_grad_()
+    with twice_differentiable(state.device), looks:
+        force = block(state, x)
+    if not force.requires_grad or torch.autograd.grad(force, state, torch.ones_like(force), allow_unused=True)[0] is None:
+        raise looks.error("has no graph to the state: it is detached, or computed under torch.no_grad")
+    _SEEN.add(block)
 
 
 def refuse_start(estimator: Any, start: Tensor | LinearStart | None) -> None:

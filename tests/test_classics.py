@@ -1,0 +1,238 @@
+"""The layered Hopfield network of Scellier & Bengio (2017), written on public names only, against truth of its own."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import eplib
+from eplib import energies, estimators, solvers
+from eplib.blocks import Dynamical
+from eplib.diagnostics import adjoint_gradient, agreement
+from eplib.models import EquilibriumModel
+
+TIGHT = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-13)
+NUDGED = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-9)
+
+
+class Hopfield(energies.FromEnergy):
+    """E = |s|^2 / 2 - sum_l <s_l, W_l s_(l-1) + b_l> over layers s_l in the box, s_0 being the clamped input."""
+
+    box = (0.0, 1.0)
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.sizes = sizes[1:]
+        self.links = nn.ModuleList(nn.Linear(below, above) for below, above in itertools.pairwise(sizes))
+
+    def start(self, x):
+        return torch.full((*x.shape[:-1], sum(self.sizes)), 0.1).to(x)
+
+    def energy(self, z, x):
+        layers = z.split(self.sizes, -1)
+        drives = (link(below) for link, below in zip(self.links, (x, *layers), strict=False))
+        return z.square().sum(-1) / 2 - sum((s * drive).sum(-1) for s, drive in zip(layers, drives, strict=True))
+
+    def output(self, z):
+        return z[..., -self.sizes[-1]:]
+
+
+class Network(nn.Module):
+    settle, dynamics = EquilibriumModel.settle, EquilibriumModel.dynamics
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.block = Hopfield(*sizes)
+
+    def clamp(self, inputs):
+        return inputs
+
+    def loss(self, h, targets):
+        return (h - nn.functional.one_hot(targets, h.shape[-1]).to(h)).square().sum(-1) / 2
+
+
+def batch(samples=12, pixels=7, classes=3, seed=1):
+    """Classes that a linear rule tells apart, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.rand(samples, pixels, generator=generator, dtype=torch.float64)
+    return inputs, inputs[:, :classes].argmax(-1)
+
+
+def network(scale=0.6):
+    """In float64, with weights large enough that units of every layer, outputs too, sit at both bounds."""
+    torch.manual_seed(2)
+    model = Network(7, 9, 6, 3).double()
+    for link in model.block.links:
+        nn.init.normal_(link.weight, std=scale / link.in_features ** 0.5)
+        nn.init.normal_(link.bias, mean=0.1, std=0.4)
+    return model
+
+
+EXACT = [estimators.VectorField(beta=1e-4), estimators.VectorField(beta=1e-6, nudging="one-sided"),
+         estimators.AsymEP(beta=1e-4), estimators.Tracking(beta=1e-4), estimators.Tracking(beta=1e-4, warm=True),
+         estimators.DyadicEP(), estimators.DyadicEP(beta=1e-4, held=False), estimators.Implicit(),
+         estimators.BPTT(steps=300), estimators.ForwardMode(steps=80)]
+
+
+@pytest.mark.parametrize("estimator", EXACT, ids=repr)
+def test_every_estimator_is_the_dense_adjoint_with_units_at_both_bounds(estimator):
+    model, (inputs, targets) = network(), batch()
+    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT,
+                            nudged=NUDGED if estimator.second_phase else None)
+    state = model.settle(inputs, TIGHT).value
+    low, high = state < 1e-9, state > 1 - 1e-9
+    pulled = (model.block.output(state) - nn.functional.one_hot(targets, 3)).abs() > 0.5
+    assert low.any() and high.any() and ((state > 0.05) & (state < 0.95)).any()
+    held = low | high  # an output held and pulled by the loss, above free units: where the pull has to stay in the box
+    assert ((pulled & held[:, -3:]).any(1) & (~held[:, 9:15]).any(1)).any()
+    for group, value in agreement(report.grads, adjoint_gradient(model, inputs, targets, state)).items():
+        assert value.error < 1e-4, (group, value)
+
+
+def error(model, inputs, targets, estimator):
+    state = model.settle(inputs, TIGHT).value
+    found = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT, nudged=NUDGED).grads
+    return agreement(found, adjoint_gradient(model, inputs, targets, state))["total"].error
+
+
+def test_plain_ep_needs_the_pull_inside_the_box(monkeypatch):
+    """Negative control: J is not symmetric where units are held, and saturated outputs are pulled."""
+    case = (network(), *batch(), estimators.VectorField(beta=1e-4))
+    assert error(*case) < 1e-4
+    monkeypatch.setattr(energies.FromEnergy, "nudged", None)
+    assert error(*case) > 1e-2
+
+
+def test_states_stay_in_the_box_under_steps_of_at_most_one():
+    model, (inputs, _) = network(scale=4.0), batch()
+    z = torch.rand(len(inputs), 18, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for step in (1.0, 0.3):
+        for pull in (0.0, 5.0, -5.0):
+            moved = z + step * model.block.nudged(z, inputs, torch.full_like(z, pull))
+            assert moved.min() > -1e-12 and moved.max() < 1 + 1e-12
+
+
+class Bowl(energies.FromEnergy):
+    """E = z A z / 2 - <x, z>, without a box unless one is given: a quadratic programme."""
+
+    def __init__(self, matrix, box=None):
+        super().__init__()
+        self.matrix, self.box = nn.Parameter(matrix), box
+
+    def energy(self, z, x):
+        return ((z @ self.matrix) * z).sum(-1) / 2 - (x * z).sum(-1)
+
+
+def bowl(box=None):
+    raw = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    return Bowl(raw @ raw.mT / 10 + 0.5 * torch.eye(5, dtype=torch.float64), box)
+
+
+def test_without_a_box_the_force_is_minus_the_slope():
+    block, x, z = bowl(), *torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    symmetric = (block.matrix + block.matrix.mT) / 2
+    assert torch.allclose(block(z, x), x - z @ symmetric, rtol=1e-12, atol=1e-12)
+    v = torch.ones_like(z)
+    assert torch.allclose(block.linearise(z, x).product(v), -v @ symmetric, rtol=1e-12, atol=1e-12)
+
+
+def test_the_fixed_point_is_the_minimum_in_the_box():
+    """Against the best of all 3^5 active sets, each solved by itself."""
+    block, x = bowl((-0.4, 0.6)), torch.linspace(-1.5, 1.5, 5, dtype=torch.float64)[None]
+    z = TIGHT.settle(block, x, torch.zeros_like(x)).value
+    a, best = block.matrix.detach(), torch.inf
+    for held in itertools.product((None, *block.box), repeat=5):
+        free = torch.tensor([one is None for one in held])
+        point = torch.tensor([one or 0.0 for one in held], dtype=torch.float64)
+        point[free] = torch.linalg.solve(a[free][:, free], x[0, free] - a[free][:, ~free] @ point[~free])
+        if point.min() >= -0.4 and point.max() <= 0.6:
+            best = min(best, block.energy(point[None], x).item())
+    assert abs(block.energy(z, x).item() - best) < 1e-10
+    assert (z > 0.6 - 1e-9).any() and (z < -0.4 + 1e-9).any()
+
+
+def test_a_complex_nudge_is_refused_by_name():
+    model, (inputs, targets) = network(), batch()
+    with pytest.raises(TypeError, match="Hopfield has no complex extension"):
+        eplib.gradient(model, inputs, targets, estimator=estimators.HolomorphicEP(), solver=TIGHT)
+
+
+@pytest.mark.parametrize(("energy", "box", "says"), [
+    (lambda z: z.square().mean(), None, r"energy of Odd has shape \(\) for states \(3, 5\); give one for each sample"),
+    (lambda z: z.square().sum(-1), (1.0, 0.0), r"box of Odd is \(1.0, 0.0\); its first number is to be below")])
+def test_an_energy_that_is_none_says_what_to_do(energy, box, says):
+    Odd = type("Odd", (energies.FromEnergy,), {"box": box, "energy": lambda self, z, x: energy(z)})
+    with pytest.raises(ValueError, match=says):
+        Odd()(torch.ones(3, 5), torch.ones(3, 5))
+
+
+def test_sixty_steps_of_plain_ep_lower_the_loss():
+    torch.manual_seed(0)
+    model, (inputs, targets) = Network(7, 16, 3), batch(samples=32)
+    inputs, optimiser, losses = inputs.float(), torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for _ in range(60):
+        report = eplib.gradient(model, inputs, targets, estimator=estimators.VectorField(beta=0.2),
+                                solver=solvers.Relaxation(step=1.0, max_steps=20, tol=1e-3),
+                                nudged=solvers.Relaxation(step=1.0, max_steps=10, tol=1e-2))
+        losses.append(report.loss)
+        for name, parameter in model.named_parameters():
+            parameter.grad = report.grads[name]
+        optimiser.step()
+    h = model.block.output(model.settle(inputs, solvers.Relaxation(step=1.0, max_steps=20, tol=1e-3)).value)
+    assert losses[-1] < 0.6 * losses[0] and (h.argmax(-1) == targets).double().mean() > 0.8
+
+
+class Slope(Dynamical):
+    """Hands -dE/dz of E = |z - x|^2 / 2 - z W z / 2 by torch.autograd.grad, in a way given."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(6)
+        self.way, self.weight = way, nn.Parameter(0.2 * torch.randn(7, 7, dtype=torch.float64))
+
+    def forward(self, z, x):
+        if self.way == "no_grad":
+            with torch.no_grad():
+                return x - z + torch.tanh(z @ self.weight)
+        if self.way == "plain":
+            return -torch.autograd.grad(self.energy(z, x), z, create_graph=True)[0]
+        with torch.enable_grad():
+            s = z if self.way != "detached" and z.requires_grad else z.detach().requires_grad_()
+            slope, = torch.autograd.grad(self.energy(s, x), s, create_graph=self.way != "closed")
+        return -slope
+
+    def energy(self, z, x):
+        return ((z - x).square().sum() - ((z @ self.weight) * z).sum()) / 2
+
+
+class Sloped(Network):
+    def __init__(self, way):
+        nn.Module.__init__(self)
+        self.block = Slope(way)
+
+    def loss(self, h, targets):
+        return h[..., :3].sub(nn.functional.one_hot(targets, 3)).square().sum(-1) / 2
+
+
+SLOPED = [estimators.VectorField(beta=1e-4), estimators.AsymEP(beta=1e-4), estimators.DyadicEP(), estimators.Implicit(),
+          estimators.BPTT(steps=200)]
+
+
+@pytest.mark.parametrize("estimator", SLOPED, ids=repr)
+def test_a_slope_by_autograd_that_keeps_its_graph_is_right(estimator):
+    model, (inputs, targets) = Sloped("kept"), batch()
+    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT,
+                            nudged=NUDGED if estimator.second_phase else None)
+    truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
+    assert agreement(report.grads, truth)["total"].error < 1e-6
+
+
+@pytest.mark.parametrize("estimator", SLOPED, ids=repr)
+@pytest.mark.parametrize(("way", "says"), [
+    ("detached", "in a detached copy of the state"), ("closed", "without create_graph=True"),
+    ("plain", "which fails in phases that keep no graph"), ("no_grad", "has no graph to the state")])
+def test_a_slope_by_autograd_that_loses_its_graph_is_refused_with_what_to_do(way, says, estimator):
+    model, (inputs, targets) = Sloped(way), batch()
+    with pytest.raises(TypeError, match=f"the force of Slope .*{says}.*torch.func.grad.*FromEnergy"):
+        eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT)
