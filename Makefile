@@ -67,9 +67,9 @@ kernel: setup  ## build the optional compiled CPU kernel (seconds, where a C++ c
 # What works without the kernel goes on without it and says so. The tests fail where a compiler is there and could not build it.
 KERNEL := python -m eplib.kernels || echo "== going on without the compiled kernel: PyTorch computes the same, more slowly"
 
-repro: setup  ## run the quick profile: data, experiments, figures, paper and report (13 to 40 minutes on 2 cores, by their age)
+repro: setup  ## run the quick profile: data, experiments, figures, paper and report (13 to 45 minutes on 2 cores, by their age)
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
-	@echo "   13 to 40 minutes on 2 CPU cores the first time, by their age; what has not changed is not run again."
+	@echo "   13 to 45 minutes on 2 CPU cores the first time, by their age; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
 	@$(ALONE); $(KERNEL); set -x; \
 	python -m pipelines.stages --write; \
