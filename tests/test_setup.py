@@ -176,7 +176,8 @@ def test_a_second_make_repro_is_told_that_one_is_at_work(toy):
 def test_a_second_set_up_waits_for_the_first_and_does_not_install_again(toy):
     with (toy / "Makefile").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = subprocess.Popen(["make", "--no-print-directory", "setup", "PYTHON=absent"], cwd=toy, stdout=subprocess.PIPE, text=True)
+        command = ["make", "--no-print-directory", "setup", "PYTHON=absent"]  # under `make test` it names the folder first
+        waiting = subprocess.Popen(command, cwd=toy, stdout=subprocess.PIPE, text=True)
         assert "another make is setting up .venv; waiting for it" in waiting.stdout.readline()
         stamp(toy).touch()  # the first is done
     assert "== set-up done" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
