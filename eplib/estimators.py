@@ -37,9 +37,10 @@ class Report:
     loss: mean loss at the free state, in nats. grads: {parameter name: tensor}, the gradient of the mean loss, or None where
     something failed. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative to
     the nudge). penalty_grads: gradient of all penalties together, apart. measured: named scalars: `force_evaluations` (in the
-    unit of `contrast.FORCE`), `displacement`, and what the penalties saw: their values' sum as `penalty`, and the names of the
-    second, third .. of a kind with ".2", ".3" appended. state: what must be handed to the next call, where "penalty<i>." leads
-    what the i-th penalty carries. adjoint: the adjoint state (B, ...), or None.
+    unit of `contrast.FORCE`), `displacement`, and what the penalties saw: the sum of their values as `penalty`, each one's own
+    as "penalty.<its class>" where there are several; all names of the second, third .. of a class end in ".2", ".3". state:
+    what must be handed to the next call, where "penalty<i>." leads what the i-th penalty carries. adjoint: the adjoint state
+    (B, ...), or None.
     """
 
     loss: float
@@ -206,12 +207,14 @@ def _penalised(report: Report, problem: Problem, penalties: tuple, step: float) 
         problem.carried.update({own + key: value for key, value in carried.items()})
         suffix = f".{kinds[kind]}" if kinds[kind] > 1 else ""
         for name, value in outcome.measured.items():
-            if owner.setdefault(name, kind) != kind and name != "penalty":
-                raise ValueError(f"{kind} and {owner[name]} both measure {name!r}; rename it in one of them")
-            if name != "penalty" or suffix:
+            if name == "penalty":
+                measured["penalty"] = measured.get("penalty", 0.0) + value
+                if len(penalties) > 1:
+                    measured[f"penalty.{kind}{suffix}"] = value
+            elif owner.setdefault(name, kind) == kind:
                 measured[name + suffix] = value
-        if "penalty" in outcome.measured:
-            measured["penalty"] = measured.get("penalty", 0.0) + outcome.measured["penalty"]
+            else:
+                raise ValueError(f"{kind} and {owner[name]} both measure {name!r}; rename it in one of them")
         measured["force_evaluations"] += outcome.evaluations
         grads = summed(grads, outcome.grads)
     measured["force_evaluations"] += LINEARISATION * ("jacobian" in vars(problem))  # at the free state, which all share

@@ -405,11 +405,14 @@ def test_any_list_of_penalties_is_the_sum_of_its_parts_at_every_cadence(penaltie
             values = [report.measured["penalty"] for report in alone if "penalty" in report.measured]
             assert together.measured.get("penalty") == (pytest.approx(sum(values), rel=1e-5) if values else None)
             counts: dict[str, int] = {}
+            own = {}  # what each measures where it acts, and nothing where it does not
             for penalty, report in zip(penalties, alone, strict=True):
                 counts[penalty.kind] = counts.get(penalty.kind, 0) + 1
                 suffix = f".{counts[penalty.kind]}" if counts[penalty.kind] > 1 else ""
-                for name in {"rate_probe", "coefficient", "abscissa_probe"} & report.measured.keys():
-                    assert together.measured[name + suffix] == pytest.approx(report.measured[name], rel=1e-5), name
+                own |= {(f"penalty.{penalty.kind}" if name == "penalty" else name) + suffix: value
+                        for name, value in report.measured.items() if name != "force_evaluations"}
+            found = {name: value for name, value in together.measured.items() if name not in ("force_evaluations", "penalty")}
+            assert found == pytest.approx(own, rel=1e-5)
     finally:
         model.double()
 

@@ -515,6 +515,10 @@ def test_every_measured_value_is_in_the_row_of_its_step(root, tmp_path):
     rows = list(trainer.advance().rows)
     assert {"abscissa_probe", "rate_probe", "rate_probe.2", "rate_probe_mean.2"} <= set(report.measured)
     assert {name: rows[0][name] for name in report.measured} == report.measured
+    parts = ("penalty.LeadingMode", "penalty.ContractionRate", "penalty.ContractionRate.2")
+    for row in rows:  # each has a value of its own wherever it acts, and one column has their sum
+        assert row["penalty"] == pytest.approx(sum(row[name] for name in parts if not math.isnan(row[name])), rel=1e-12)
+        assert math.isnan(row[parts[1]]) == math.isnan(row["rate_probe"])
     assert [math.isnan(row["rate_probe"]) for row in rows] == [False, True, True] * 2
     assert not any(math.isnan(row["rate_probe.2"]) or math.isnan(row["abscissa_probe"]) for row in rows)
 
