@@ -1,0 +1,123 @@
+"""The contraction rate of the discrete map that the free phase iterates, of whole samples or of every token."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ..config import configuration
+from ..contrast import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
+from ..solvers import norm
+from .base import Outcome, Products, Strength, compressed, counted, leading, of_samples, unit
+
+
+@configuration
+class ContractionRate:
+    """Penalty strength * mean_b relu(r_b - target)^2 on the contraction rate r_b of the discrete map z -> z + step F(z).
+
+    step: the solver's by default. A smaller one than the solver's asks less of the left edge of the spectrum, which an
+    accelerated solver meets with ease, and more of the right one.
+
+    The free phase that has just ended was itself a power iteration: its last push F(z*) is (I + step J)^k F(z_0) to first
+    order, for each sample's own Jacobian. The probe starts there, at the cost of one force, and is refined by `products`
+    products v <- (I + step J) v. (A probe carried over from the last batch would have seen other sequences' Jacobians only.)
+
+    probes = 1: r = ||(I + step J) v|| / ||v||, the growth of one real vector, which for J far from normal is more than its rate
+    of growth in the long run. probes > 1: the spectral radius of I + step J on the span of the last `probes` iterates, which
+    resolves a complex pair. per "token", for a causal block: J is block lower-triangular over tokens, so its spectrum is that
+    of the C x C blocks of single tokens; every token has a probe of its own, moved by its own block, and r is the largest of
+    the sample's tokens. What is seen is logged as `rate_probe`; `spectra` measures the spectral radius itself. every:
+    gradients from one penalty to the next.
+    """
+
+    kind: Literal["ContractionRate"] = "ContractionRate"
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    strength: Strength = 200.0
+    products: Products = 2
+    every: Annotated[int, Field(ge=1)] = 1
+    probes: Annotated[int, Field(ge=1, le=3)] = 1
+    per: Literal["sample", "token"] = "sample"
+    step: Annotated[float, Field(gt=0, le=2)] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ContractionRate":
+        if self.per == "token" and self.probes > 1:
+            raise ValueError(f"per token there is one probe, got probes={self.probes}; use per=\"sample\" for several")
+        return self
+
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
+        """At a free state and its Jacobian. No probe is carried over, so batches may change in size and length. Raises
+        TypeError where tokens have no blocks of their own."""
+        step, tokens = self.step or step, self.per == "token"
+        if counted(carried, "calls") % self.every:
+            return Outcome({}, {}, 0)
+        with torch.no_grad():
+            jacobian = problem.jacobian
+            if tokens and not getattr(jacobian, "by_token", False):
+                raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal "
+                                "blocks.Thick, Attractor or Thin, not altered since it was built, or per=\"sample\"")
+            probe = self._probe(problem, jacobian, step)
+            if tokens:
+                rate, grads, value, cost = self._of_tokens(problem, jacobian, probe, step)
+            else:
+                rate = self._rate(jacobian, probe, step)
+        if not tokens:
+            above = rate > self.target
+            grads, value, cost = of_samples(problem, above, self.probes, lambda jacobian: self._rate(
+                jacobian, probe[above], step) - self.target, self.strength)
+        measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
+        cost += FORCE + (self.products + 2 * self.probes - 1) * PRODUCT  # the probe and what it sees
+        return Outcome(grads, measured, math.ceil(cost))
+
+    def _probe(self, problem: Problem, jacobian: Any, step: float) -> Tensor:
+        if self.probes > 1:
+            return leading(problem, step, self.products, self.probes)
+        tokens = self.per == "token"
+        move = jacobian.token_product if tokens else jacobian.product
+        probe = problem.force(problem.state)
+        for _ in range(self.products):
+            probe = unit(probe + step * move(probe), tokens)
+        return probe
+
+    def _rate(self, jacobian: Any, probe: Tensor, step: float) -> Tensor:
+        """r (B,) of the samples along their probes."""
+        if self.probes > 1:
+            small = torch.eye(self.probes).to(probe) + step * compressed(jacobian, probe)
+            return torch.linalg.eigvals(small).abs().amax(-1)
+        return norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(torch.finfo(probe.dtype).tiny)
+
+    def _of_tokens(self, problem: Problem, jacobian: Any, probe: Tensor,
+                   step: float) -> tuple[Tensor, dict[str, Tensor], float, float]:
+        """r (B,), the largest of each sample's tokens; the penalty's gradient, value and cost."""
+        moved, size = probe + step * jacobian.token_product(probe), probe.norm(dim=-1, keepdim=True)
+        growth = moved.norm(dim=-1, keepdim=True)  # (B, T, 1)
+        rate, token = (growth / size.clamp_min(torch.finfo(probe.dtype).tiny)).squeeze(-1).max(-1)
+        excess = (rate - self.target).relu()
+        value, above = self.strength * excess.square().mean().item(), excess > 0
+        if not above.any():
+            return rate, {}, value, 0.0
+        at = above.nonzero().squeeze(1), token[above]
+        slope = 2 * self.strength * step * excess[above].unsqueeze(1) / len(excess)  # of the penalty in <u, J_tt v>
+        grads, cost = _locally(problem, above, token[above], slope * moved[at] / growth[at], probe[at] / size[at])
+        return rate, grads, value, cost
+
+
+def _locally(problem: Problem, above: Tensor, token: Tensor, u: Tensor, v: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Gradient in the trained weights of sum_b <u_b, J_tt v_b> over the samples `above` (B,), u and v (n, C) at one token t
+    (n,) of each, and its cost.
+
+    <u, J v> is the change of <u, F> along v, so the gradient is the contrast of two contractions <u, dF/dtheta>, at z* + eps v
+    and at z* - eps v: quantities local to each weight, as in the read-out of the two nudged states, and no graph. Where one
+    token moves, the others feel it only as tokens after it, of which u sees none.
+    """
+    z, x, rows = problem.state[above], problem.x[above], torch.arange(len(token))
+    eps = torch.finfo(z.dtype).eps ** (1 / 3) * z[rows, token].norm(dim=-1, keepdim=True)  # where truncation meets rounding
+    away, along = torch.zeros_like(z), torch.zeros_like(z)
+    away[rows, token], along[rows, token] = eps * v, u / (2 * eps)
+    jacobian = problem.dynamics.linearise(torch.cat([z + away, z - away]), torch.cat([x, x]))
+    grads = problem.named(jacobian.contract(torch.cat([along, -along]))[0])
+    trained = {name for name, value in problem.model.named_parameters() if value.requires_grad}
+    cost = 2 * (LINEARISATION + BACKWARD) * len(token) / len(above)
+    return {name: value for name, value in grads.items() if name in trained}, cost
