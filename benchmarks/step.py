@@ -37,10 +37,10 @@ from eplib.controllers import ContractionRate
 from eplib.diagnostics import LiveBytes, agreement, without_readout
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
 from eplib.models import Backend, EquilibriumModel, LanguageModel
-from eplib.records import ROOT, configurations, machine, source_digest
 from eplib.solvers import Anderson, MixedPrecision, Relaxation, Solver, Substitution, norm
 from eplib.spectra import contraction_rate
 from eplib.starts import LinearStart
+from eplib.store.records import ROOT, configurations, machine, source_digest
 from eplib.training import Mnist, RunConfig, Trainer, build_model, build_task
 
 Step = Callable[[Tensor, Tensor], Report | dict]

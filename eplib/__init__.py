@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "ep_loss", "__version__"]
 
 _LAZY = {"gradient": "estimators", "ep_loss": "autograd"}
-_MODULES = ("autograd", "blocks", "calculus", "checking", "comparisons", "controllers", "data", "diagnostics", "energies",
+_MODULES = ("autograd", "blocks", "calculus", "checking", "controllers", "data", "diagnostics", "energies",
             "estimators",
-            "evaluation", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles", "records", "runconfig", "runs",
-            "solvers", "spectra", "starts", "tasks", "training")
+            "evaluation", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles", "runconfig",
+            "solvers", "spectra", "starts", "store", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import tables
 from .runconfig import RunConfig
-from .runs import Run
 from .spectra import CONVERGED
+from .store import tables
+from .store.runs import Run
 
 UNCONVERGED = "Ritz values that had not converged at the right edge"
 

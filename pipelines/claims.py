@@ -15,7 +15,7 @@ A claim is
 Tests: min, max (inclusive), above, below (strict), equals, max_abs.
 
 Over seeds the results file holds {mean, low, high, n}, the 95 % interval of the mean over n seeds or paired seeds
-(`eplib.tables.interval`). The claim holds if the whole interval meets the tests, fails if the whole interval breaks one
+(`eplib.store.tables.interval`). The claim holds if the whole interval meets the tests, fails if the whole interval breaks one
 of them, and is not decided where the interval does neither or n < 3. Any value may be {value or mean, ..., undecided:
 reason}: a measurement that the notebook does not trust decides nothing.
 """

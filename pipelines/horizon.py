@@ -11,7 +11,7 @@ import sys
 
 from eplib.config import ConfigurationError
 from eplib.profiles import load_profile
-from eplib.records import Store
+from eplib.store.records import Store
 from pipelines.common import command
 
 STEPS = (8, 16, 24, 32, 48, 64)

@@ -27,10 +27,10 @@ import torch
 
 from eplib.config import ConfigurationError
 from eplib.kernels import available
-from eplib.leases import Held, Lost
 from eplib.models import Backend
 from eplib.profiles import ROOT, configurations, load_profile
-from eplib.records import Store
+from eplib.store.leases import Held, Lost
+from eplib.store.records import Store
 from eplib.training import OutOfTime, RunConfig
 from pipelines.common import command
 

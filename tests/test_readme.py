@@ -28,7 +28,7 @@ runs:
 """
 BEFORE = """
 import torch
-from eplib import records
+from eplib.store import records
 from pipelines import data
 torch.set_num_threads(1)
 data.prepare("plays", "chars", records.ROOT / "data")

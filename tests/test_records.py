@@ -17,9 +17,10 @@ import torch
 import yaml
 from scipy import stats
 
-from eplib import data, diagnostics, formats, profiles, provenance, records
+from eplib import data, diagnostics, profiles, provenance
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
-from eplib.records import Run, Store, configurations
+from eplib.store import formats, records
+from eplib.store.records import Run, Store, configurations
 from eplib.training import Optimiser, OutOfTime, RunConfig
 from pipelines import horizon, stages, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import eplib.data
-from eplib import files, leases, profiles, records
-from eplib.leases import Held, Lost, lease
-from eplib.records import Store, configurations
+from eplib import files, profiles
+from eplib.store import leases, records
+from eplib.store.leases import Held, Lost, lease
+from eplib.store.records import Store, configurations
 from eplib.training import OutOfTime, Trainer
 from pipelines import train
 from test_records import TWO, command, root, write_profile  # noqa: F401  (fixtures)
@@ -25,7 +26,7 @@ from test_training import KILLED, REPOSITORY, SCRIPT, config, corpus, make_root,
 HOLDER = """
 import sys, time
 from pathlib import Path
-from eplib.leases import lease
+from eplib.store.leases import lease
 with lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

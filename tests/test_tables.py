@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eplib import blocks, models, solvers, tables
+from eplib import blocks, models, solvers
 from eplib.controllers import ContractionRate
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, OneStep, VectorField, gradient
+from eplib.store import tables
 
 
 def run(seed=0, kind="Thick", loss=1.0, metrics=None, log=None, start=None, median=5e-4, largest=1e-3, estimator=None,

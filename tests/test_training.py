@@ -26,9 +26,9 @@ import systems  # noqa: F401  (one thread)
 from eplib import blocks, diagnostics, estimators, training
 from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven
 from eplib.data import RawFile
-from eplib.records import Store, summarise
 from eplib.solvers import FixedHorizon, MixedPrecision, Relaxation
 from eplib.starts import LinearStart
+from eplib.store.records import Store, summarise
 from eplib.training import (
     Architecture,
     Mnist,

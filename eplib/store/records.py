@@ -22,18 +22,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import ConfigurationError, digest, parse, plain, sparse
+from ..diagnostics import adaptive_compute
+from ..files import leftovers, write_atomically
+from ..models import Backend
+from ..profiles import ROOT, configurations, load_profile
+from ..provenance import machine, source_digest, versions
+from ..solvers import FixedHorizon, Solver, Substitution
+from ..training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
-from .config import ConfigurationError, digest, parse, plain, sparse
-from .diagnostics import adaptive_compute
-from .files import leftovers, write_atomically
 from .formats import to_csv, to_json
 from .leases import Held, holder, lease
-from .models import Backend
-from .profiles import ROOT, configurations, load_profile
-from .provenance import machine, source_digest, versions
 from .runs import PROMPT, Run
-from .solvers import FixedHorizon, Solver, Substitution
-from .training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
            "load_profile", "machine", "mean_loss", "save_machine", "save_result", "source_digest", "spread",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from .files import HOST, alive
+from ..files import HOST, alive
 
 RENEW, STALE = 20.0, 180.0  # seconds
 

@@ -11,15 +11,15 @@ import numpy
 import torch
 from safetensors.torch import load_file
 
-from . import data
-from .diagnostics import agreement, without_readout
-from .estimators import BPTT, DyadicEP, gradient
-from .files import write_atomically
+from .. import data
+from ..diagnostics import agreement, without_readout
+from ..estimators import BPTT, DyadicEP, gradient
+from ..files import write_atomically
+from ..models import EquilibriumModel, LanguageModel
+from ..provenance import source_digest
+from ..solvers import Anderson, Relaxation
+from ..training import RunConfig, TextTask, build_model, build_task
 from .formats import columns, to_json
-from .models import EquilibriumModel, LanguageModel
-from .provenance import source_digest
-from .solvers import Anderson, Relaxation
-from .training import RunConfig, TextTask, build_model, build_task
 
 PROMPT = "The king"  # of the recorded samples of text
 

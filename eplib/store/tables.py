@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from . import plotting
+from .. import plotting
+from ..evaluation import EXCURSION
 from .comparisons import compare, differences
-from .evaluation import EXCURSION
 from .records import CONVERGED
 from .runs import Run
 
