@@ -41,11 +41,12 @@ pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; border-radius
 table { border-collapse: collapse; font-size: .9em; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e6e8; text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid #9aa2a9; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 1rem 1.5rem 1rem 0; display: inline-block; }
 figure img { border: 1px solid #e3e6e8; background: white; }
 img, svg { max-width: 100%; height: auto; }
 math[display="block"] { margin: .8rem 0; }
+p:has(> math[display="block"]) { overflow-x: auto; overflow-y: hidden; }
 blockquote { white-space: pre-wrap; }
 .wide { overflow-x: auto; }
 .holds { color: #00695c; font-weight: 600; }
