@@ -13,7 +13,7 @@ _LAZY = {"gradient": "estimators", "ep_loss": "autograd"}
 _MODULES = ("autograd", "blocks", "calculus", "checking", "controllers", "data", "diagnostics", "energies",
             "estimators",
             "evaluation", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles", "runconfig",
-            "solvers", "spectra", "starts", "store", "tasks", "training")
+            "settings", "solvers", "spectra", "starts", "store", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:

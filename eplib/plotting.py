@@ -14,73 +14,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-ROOT = Path(__file__).resolve().parent.parent
+from .settings import PALETTE, ROOT, Look, default_look, looks, name_of
+
 WIDTHS = {"column": 3.4, "full": 7.0}  # inches
 SMOKE = "smoke profile: proves nothing"
 
-# seaborn's palette "colorblind" (after Okabe and Ito), written out: importing seaborn takes longer than most
-# notebooks' figures.
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
-# A method keeps its colour and its line through the whole paper.
-Line = str | tuple[int, tuple[int, ...]]  # as matplotlib names a dash pattern
-METHODS: dict[str, tuple[str, str, Line]] = {
-    "backprop": ("backprop", "#262626", "-"),
-    "backprop_thin": ("backprop, as small as Thin", "#262626", ":"),
-    "bptt": ("BPTT", PALETTE[0], "-"),
-    "bptt_bare": ("BPTT, no control", PALETTE[0], ":"),
-    "ep": ("EP, two trajectories", PALETTE[3], "-"),
-    "ep_linear": ("EP, linear response", PALETTE[1], (0, (6, 1))),
-    "ep_plane": ("EP, rate on a plane", PALETTE[6], (0, (4, 1, 1, 1))),
-    "vector_field": ("vector field", PALETTE[2], "--"),
-    "ep_uncontrolled": ("EP, no control", PALETTE[4], ":"),
-    "implicit": ("implicit", PALETTE[9], "-."),
-    "tracking": ("tracking", PALETTE[5], "-."),
-    "one_sided": ("one-sided", PALETTE[7], "--"),
-    "holomorphic4": ("holomorphic, N = 4", PALETTE[4], (0, (4, 1, 1, 1))),
-    "holomorphic8": ("holomorphic, N = 8", PALETTE[6], "-"),
-    "thick": ("Thick", PALETTE[1], "-"),
-    "thin": ("Thin", PALETTE[2], "--"),
-    "energy": ("Energy", PALETTE[4], "-."),
-    "monotone": ("Monotone", PALETTE[5], ":"),
-    "attractor": ("Attractor, backbone + head", PALETTE[0], "-"),
-    "layered": ("Layered, by EP", PALETTE[3], "-"),
-    "layered_backprop": ("its twin, by backprop", "#262626", "--"),
-    "layered_bptt": ("Layered, by BPTT", "#7f7f7f", "-."),
-    "uncontrolled": ("no controller", PALETTE[4], ":"),
-    "norm": ("Jacobian norm", PALETTE[7], "-"),
-    "norm_driven": ("Jacobian norm, residual-driven", PALETTE[7], "--"),
-    "residual": ("residual penalty", PALETTE[5], "--"),
-    "recipe": ("driven norm + residual", PALETTE[5], "-"),
-    "homeostasis": ("homeostasis", PALETTE[8], "-"),
-    "leading": ("leading mode", PALETTE[2], "-"),
-    "rate": ("rate, one probe", PALETTE[0], "-"),
-    "rate_pair": ("rate, two probes", PALETTE[3], "-"),
-    "rate_token": ("rate, per token", PALETTE[1], "-"),
-    "frozen": ("control: readout alone", PALETTE[7], ":"),
-    "shuffled": ("control: shuffled nudge", PALETTE[7], "--"),
-    "flipped": ("control: flipped correction", PALETTE[7], "-."),
-    "reference": ("reference", PALETTE[0], "-"),
-    "reference_controlled": ("reference, controlled", PALETTE[0], "--"),
-    "reference_corrected": ("reference, corrected", PALETTE[5], "-"),
-    "symmetric": ("reference, symmetric", PALETTE[4], ":"),
-    "symmetric_controlled": ("symmetric, controlled", PALETTE[4], "-"),
-    "reference_annealed": ("reference, annealed", PALETTE[0], "--"),
-    "reference_fixed": ("reference, fixed", PALETTE[0], "-"),
-    "corrected_annealed": ("corrected, annealed", PALETTE[5], "--"),
-    "corrected_fixed": ("corrected, fixed", PALETTE[5], "-"),
-    "rate_damped": ("rate, two probes, c = 1", PALETTE[3], "--"),
-}
+_looks: dict[str, Look] = {}
 
 
-def _method(key: str) -> tuple[str, str, Line]:
-    if key not in METHODS:
-        raise ValueError(f"unknown method {key!r}; plotting.METHODS has {', '.join(METHODS)}")
-    return METHODS[key]
+def use(profile: str, root: Path = ROOT) -> None:
+    """Name and draw the arms of this process's figures and tables as a profile says (`settings.looks`)."""
+    _looks.clear()
+    _looks.update(looks(profile, root))
 
 
-def label(method: str) -> str:
-    """The name of a method as legends and tables print it; raises ValueError for an unknown key."""
-    return _method(method)[0]
+def look(arm: str) -> Look:
+    """How an arm is named and drawn, by default by its name, in a colour that is the same each time."""
+    return _looks.get(arm) or default_look(arm)
+
+
+def label(arm: str) -> str:
+    """The name of an arm as legends and tables print it."""
+    return look(arm).label
+
+
+def colour(arm: str) -> str:
+    """The colour of an arm, as #rrggbb."""
+    return look(arm).colour
 
 
 def together(values: Mapping[str, Any]) -> dict[Any, str]:
@@ -96,11 +56,6 @@ def rates_tried(rates: Mapping[str, Iterable[float]]) -> str:
     tried = together({method: ", ".join(f"{value:g}" for value in sorted(set(values))) for method, values in rates.items()})
     return "; ".join(f"learning rates tried: {values} ({methods if len(tried) > 1 else 'every arm'})"
                      for values, methods in tried.items())
-
-
-def colour(method: str) -> str:
-    """The colour of a method, as #rrggbb; raises ValueError for an unknown key."""
-    return _method(method)[1]
 
 
 def style() -> None:
@@ -158,7 +113,7 @@ def seeds(
 ) -> list[Line2D]:
     """Draw every run (one per seed, each as long as `x`) as a line; with several, their mean too, bold. Only one line
     gets the label."""
-    text, shade, dashes = _method(method)
+    shown = look(method)
     values = [np.asarray(run, dtype=float) for run in runs]
     if any(len(run) != len(x) for run in values):
         raise ValueError(
@@ -166,13 +121,13 @@ def seeds(
         )
     single = len(values) == 1
     lines = [
-        ax.plot(x, run, ls=dashes, color=shade, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0]
+        ax.plot(x, run, ls=shown.line, color=shown.colour, lw=1.3 if single else 0.6, alpha=1.0 if single else 0.6)[0]
         for run in values
     ]
     if values and not single:
-        lines += ax.plot(x, np.mean(values, axis=0), ls=dashes, color=shade, lw=1.8)
+        lines += ax.plot(x, np.mean(values, axis=0), ls=shown.line, color=shown.colour, lw=1.8)
     if lines:
-        lines[-1].set_label(name or text)
+        lines[-1].set_label(name or shown.label)
     return lines
 
 
@@ -200,22 +155,22 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
     does not track. `shown` is what the figure shows: where that is empty, for want of runs, no file is left and None returned,
     so that the paper says what is missing and how to make it.
     """
+    folder = root / "figures" / name_of(profile) / experiment
     if not shown:
         import matplotlib.pyplot as plt
 
         plt.close(fig)
         for kind in ("pdf", "svg", "png"):
-            (root / "figures" / profile / experiment / f"{name}.{kind}").unlink(missing_ok=True)
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
         print(f"{name}: no run recorded")
         return None
     if profile == "smoke" and not any(text.get_text() == SMOKE for text in fig.texts):
         fig.text(
             0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10
         )
-    folder = root / "figures" / profile / experiment
     folder.mkdir(parents=True, exist_ok=True)
     dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
-    with mpl.rc_context({"svg.hashsalt": f"{profile}/{name}"}):
+    with mpl.rc_context({"svg.hashsalt": f"{name_of(profile)}/{name}"}):
         for kind, metadata in dates.items():
             fig.savefig(folder / f"{name}.{kind}", metadata=metadata, facecolor="white")
     return folder / f"{name}.svg"

@@ -5,45 +5,39 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from . import settings
 from .config import ConfigurationError, parse
-from .files import read_yaml
+from .settings import ROOT
 from .training import RunConfig
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_profile(profile: str, root: Path = ROOT) -> dict:
-    """pipelines/profiles/<profile>.yaml. Raises `ConfigurationError` naming the known profiles if there is none, and file, line
-    and what is wrong if it cannot be read."""
-    path = root / "pipelines" / "profiles" / f"{profile}.yaml"
-    if not path.exists():
-        raise ConfigurationError(f"there is no profile {profile!r}; there are: {', '.join(_known(root))}")
-    found = _mapping(read_yaml(path, ConfigurationError), path.name)
-    for experiment, families in _mapping(found.get("runs"), f"{path.name}, runs").items():
-        if not isinstance(families, list | None):
-            raise ConfigurationError(f"{path.name}, runs.{experiment}: got {families!r}; an experiment is a list of families")
-    return found
+    """What pipelines/profiles/<profile>.yaml says, or the file of that path. Raises `ConfigurationError` if there is none or it
+    cannot be read."""
+    return settings.load(profile, root, ConfigurationError)
 
 
 def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[RunConfig]:
     """The runs that a profile names for an experiment; none where only other profiles have that experiment.
 
     An experiment is a list of families {common, arms: {arm: changes}, over: {dotted.key: [values]}}: every arm is the common
-    configuration with its changes, once for each combination of the values in `over`. Raises `ConfigurationError` for an
-    experiment that no profile has, with those there are.
+    configuration with its changes (label, colour and line are no part of it), once for each combination of the values in
+    `over`. The modules that the profile names as `plugins` are imported first. Raises `ConfigurationError` for an experiment
+    that no profile has, with those there are.
     """
+    settings.import_plugins(profile, root, ConfigurationError)
     groups = load_profile(profile, root).get("runs") or {}
     if experiment not in groups:
-        known = {name for other in _known(root) for name in load_profile(other, root).get("runs") or {}}
+        known = {name for other in settings.known(root) for name in load_profile(other, root).get("runs") or {}}
         if experiment not in known:
             raise ConfigurationError(f"there is no experiment {experiment!r}; profile {profile} has "
                                      f"{', '.join(groups) or 'none'}; other profiles have "
                                      f"{', '.join(sorted(known - groups.keys())) or 'no more'}")
-    found: list[RunConfig] = []
+    name, found = settings.name_of(profile), list[RunConfig]()
     for family in groups.get(experiment) or []:
-        for config in _members(family, experiment, f"{profile}.yaml, runs.{experiment}"):
+        for config in _members(family, experiment, f"{name}.yaml, runs.{experiment}"):
             if config in found:
-                raise ConfigurationError(f"{profile}.yaml, runs.{experiment}, arm {config.arm}: {config.name} is named twice "
+                raise ConfigurationError(f"{name}.yaml, runs.{experiment}, arm {config.arm}: {config.name} is named twice "
                                          "with the same configuration; remove one")
             found.append(config)
     return found
@@ -61,7 +55,8 @@ def _members(family: Any, experiment: str, where: str) -> Iterator[RunConfig]:
             raise ConfigurationError(f"{where}, over.{key}: got {values!r}; give a list of values")
     for arm, changes in arms.items():
         common = _mapping(family.get("common"), f"{where}, common")
-        arm_only = _merge(_merge({"experiment": experiment, "arm": arm}, common), _mapping(changes, f"{where}, arm {arm}"))
+        own = {key: value for key, value in _mapping(changes, f"{where}, arm {arm}").items() if key not in settings.LOOK}
+        arm_only = _merge(_merge({"experiment": experiment, "arm": arm}, common), own)
         for values in product(*over.values()):
             merged = arm_only
             for key, value in zip(over, values, strict=True):
@@ -69,14 +64,8 @@ def _members(family: Any, experiment: str, where: str) -> Iterator[RunConfig]:
             yield parse(RunConfig, merged, f"{where}, arm {arm}")
 
 
-def _known(root: Path) -> list[str]:
-    return sorted(file.stem for file in (root / "pipelines" / "profiles").glob("*.yaml"))
-
-
 def _mapping(value: Any, where: str) -> dict:
-    if value is not None and not isinstance(value, dict):
-        raise ConfigurationError(f"{where}: got {value!r}; give a mapping, key: value")
-    return value or {}
+    return settings.mapping(value, where, ConfigurationError)
 
 
 def _nest(key: str, value: Any) -> dict:

@@ -28,6 +28,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
+from eplib.settings import name_of
 from pipelines.common import ROOT, PipelineError, command, dumps, for_profile, load_profile, load_yaml, read_json, write_text
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "not decided"
@@ -139,7 +140,7 @@ def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
 def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, Any]:
     """One claim with its measured value (over seeds their number and the interval), what was asked of it, and its
     verdict."""
-    found = look_up(root / "results" / profile, claim["value"]["file"], claim["value"]["key"])
+    found = look_up(root / "results" / name_of(profile), claim["value"]["file"], claim["value"]["key"])
     several = found if isinstance(found, dict) else {}
     word, why = verdict(claim, found, profile)
     asked = ", ".join(f"{TESTS[test][1]} {bound:g}".replace("-", "−") for test, bound in claim["holds"].items())
@@ -163,7 +164,7 @@ def write(profile: str, root: Path = ROOT) -> list[dict[str, Any]]:
     """Decide all claims, write results/<profile>/claims.json and return what was written."""
     load_profile(profile, root)
     decided = [decide(claim, profile, root) for claim in load(root)]
-    write_text(root / "results" / profile / "claims.json", dumps(decided))
+    write_text(root / "results" / name_of(profile) / "claims.json", dumps(decided))
     return decided
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eplib import settings
 from eplib.files import read_yaml
 from eplib.files import write_atomically as write_text  # noqa: F401  (for the modules of this package)
 
@@ -41,12 +42,8 @@ def load_yaml(path: Path) -> Any:
 
 
 def load_profile(profile: str, root: Path = ROOT) -> dict[str, Any]:
-    """The contents of pipelines/profiles/<profile>.yaml; raises PipelineError if there is no such profile."""
-    path = root / "pipelines" / "profiles" / f"{profile}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise PipelineError(f"no profile {profile!r}: there is {', '.join(known) or 'none'} in pipelines/profiles/")
-    return load_yaml(path) or {}
+    """What pipelines/profiles/<profile>.yaml says, or the file of that path; raises PipelineError if there is none."""
+    return settings.load(profile, root, PipelineError)
 
 
 def notebook_format() -> Any:

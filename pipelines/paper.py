@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from eplib.settings import name_of
 from pipelines.common import (
     ROOT,
     PipelineError,
@@ -62,9 +63,9 @@ def figures_in(folder: Path, root: Path) -> dict[str, dict[str, Any]]:
 
 def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """Everything the paper may print that does not depend on the machine: summaries, tables, texts, figures, claims."""
-    results = root / "results" / profile
+    results = root / "results" / name_of(profile)
     content: dict[str, Any] = {
-        "profile": profile,
+        "profile": name_of(profile),
         "summaries": {},
         "tables": {},
         "texts": {},
@@ -80,7 +81,7 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
                 content["tables"][path.stem] = {**value, "notebook": folder.name}
             elif isinstance(value, dict) and "texts" in value:
                 content["texts"][path.stem] = {**value, "notebook": folder.name}
-        content["figures"] |= figures_in(root / "figures" / profile / folder.name, root)
+        content["figures"] |= figures_in(root / "figures" / name_of(profile) / folder.name, root)
     claims = results / "claims.json"
     content["claims"] = {claim["id"]: claim for claim in read_json(claims)} if claims.is_file() else {}
     return content
@@ -107,12 +108,12 @@ def versions() -> dict[str, str]:
 def machine_facts(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """What depends on the machine: where the paper is set, where and how long the runs were trained, tables and
     figures of times."""
-    folder = root / "results" / profile / "machine"
+    folder = root / "results" / name_of(profile) / "machine"
     facts: dict[str, Any] = {
         "here": {"processor": processor(), "cores": os.cpu_count(), "versions": versions()},
         "training": [],
         "tables": {},
-        "figures": figures_in(root / "figures" / profile / "machine", root),
+        "figures": figures_in(root / "figures" / name_of(profile) / "machine", root),
     }
     groups: dict[tuple[str, str, str], list[float]] = {}
     for path in sorted(folder.glob("runs/*/*/machine.json")):
@@ -130,7 +131,7 @@ def machine_facts(profile: str, root: Path = ROOT) -> dict[str, Any]:
 
 def content_path(profile: str, root: Path = ROOT) -> Path:
     """Where the file that the paper is set from lies."""
-    return root / "paper" / "build" / profile / "content.json"
+    return root / "paper" / "build" / name_of(profile) / "content.json"
 
 
 def full_content(profile: str, root: Path = ROOT) -> str:
@@ -143,7 +144,7 @@ def full_content(profile: str, root: Path = ROOT) -> str:
     sources = [
         root / "paper" / "main.typ",
         root / "paper" / "refs.bib",
-        *(root / "results" / profile / "notebooks").glob("*.ipynb"),
+        *(root / "results" / name_of(profile) / "notebooks").glob("*.ipynb"),
     ]
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources)}
     return dumps(content | {"machine": machine, "sources": digests})
@@ -198,7 +199,7 @@ def build(profile: str, root: Path = ROOT) -> Path:
 def write(profile: str, root: Path = ROOT) -> Path:
     """Set the paper, then write the stamp results/<profile>/paper.json; returns the path of the PDF."""
     pdf = build(profile, root)
-    write_text(root / "results" / profile / "paper.json", dumps(collect(profile, root)))
+    write_text(root / "results" / name_of(profile) / "paper.json", dumps(collect(profile, root)))
     return pdf
 
 

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from eplib.settings import name_of
 from pipelines import claims, paper
 from pipelines.common import (
     ROOT,
@@ -218,7 +219,7 @@ def index_page(profile: str, names: list[str], content: dict[str, Any], machine:
 
 def folder_of(profile: str, root: Path = ROOT) -> Path:
     """Where the report lies."""
-    return root / "paper" / "build" / profile / "report"
+    return root / "paper" / "build" / name_of(profile) / "report"
 
 
 def build(profile: str, root: Path = ROOT) -> Path:
@@ -228,7 +229,7 @@ def build(profile: str, root: Path = ROOT) -> Path:
     draft = final.with_name("report.part")
     shutil.rmtree(draft, ignore_errors=True)
     content, machine = paper.collect(profile, root), paper.machine_facts(profile, root)
-    executed = {name: root / "results" / profile / "notebooks" / f"{name}.ipynb" for name in notebook_names(root)}
+    executed = {name: root / "results" / name_of(profile) / "notebooks" / f"{name}.ipynb" for name in notebook_names(root)}
     for name, path in executed.items():
         missing = page(
             name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile
@@ -249,7 +250,7 @@ def write(profile: str, root: Path = ROOT) -> Path:
     """Write the report, then the stamp results/<profile>/report.json: what it was made of; returns the first page."""
     index = build(profile, root)
     content = paper.collect(profile, root)
-    executed = sorted((root / "results" / profile / "notebooks").glob("*.ipynb"))
+    executed = sorted((root / "results" / name_of(profile) / "notebooks").glob("*.ipynb"))
     stamp = {
         "claims": {key: value["verdict"] for key, value in content["claims"].items()},
         "figures": {key: value["sha256"] for key, value in content["figures"].items()},
@@ -258,7 +259,7 @@ def write(profile: str, root: Path = ROOT) -> Path:
             p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in executed if not p.stem.endswith(".failed")
         },
     }
-    write_text(root / "results" / profile / "report.json", dumps(stamp))
+    write_text(root / "results" / name_of(profile) / "report.json", dumps(stamp))
     return index
 
 

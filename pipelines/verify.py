@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from eplib.settings import name_of
 from pipelines import claims, paper, report
 from pipelines.common import ROOT, command, for_profile, load_profile, notebook_names
 
 
 def missing(profile: str, root: Path = ROOT) -> list[str]:
     """What the paper shows as missing and which notebooks have not been run, in words; needs the paper to be built."""
-    executed = root / "results" / profile / "notebooks"
+    executed = root / "results" / name_of(profile) / "notebooks"
     unrun = [f"executed notebook {name}" for name in notebook_names(root) if not (executed / f"{name}.ipynb").is_file()]
     return paper.missing(profile, root) + unrun
 
@@ -27,7 +28,7 @@ def verify(profile: str, root: Path = ROOT) -> int:
     load_profile(profile, root)
     content = paper.collect(profile, root)
     fresh = paper.up_to_date(profile, root)
-    pdf = root / "paper" / "build" / profile / "paper.pdf"
+    pdf = root / "paper" / "build" / name_of(profile) / "paper.pdf"
     index = report.folder_of(profile, root) / "index.html"
     if not fresh:
         paper.build(profile, root)
@@ -38,8 +39,8 @@ def verify(profile: str, root: Path = ROOT) -> int:
     for name, path in (
         ("paper", pdf),
         ("report", index),
-        ("figures", root / "figures" / profile),
-        ("results", root / "results" / profile),
+        ("figures", root / "figures" / name_of(profile)),
+        ("results", root / "results" / name_of(profile)),
     ):
         print(f"{name:8} {path.relative_to(root)}")
     print(f"made     {len(content['figures'])} figures, {len(content['tables'])} tables")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import common, notebook, stages
+from eplib import plotting, profiles
+from pipelines import cells, common, imports, notebook, stages
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -27,7 +28,7 @@ if flag: raise ValueError("as asked")
 {"memory address": object()}"""
 
 
-def cells(*code: str) -> dict:
+def made_of(*code: str) -> dict:
     """A notebook as JupyterLab might save it: a title, the parameters cell, then `code`."""
     made = [
         {"cell_type": "markdown", "id": "x1", "metadata": {}, "source": ["# Toy\n", "\n", "With $a^2$."]},
@@ -51,7 +52,7 @@ def cells(*code: str) -> dict:
 def tree(tmp_path):
     """A root folder with one notebook `toy` and a profile `quick`."""
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "toy.ipynb").write_text(notebook.stripped(cells(CELL)))
+    (tmp_path / "notebooks" / "toy.ipynb").write_text(cells.stripped(made_of(CELL)))
     set_profile(tmp_path, {"count": 5})
     return tmp_path
 
@@ -64,7 +65,7 @@ def set_profile(root: Path, values: dict) -> None:
 
 
 def execute(root: Path) -> Path:
-    notebook.write_source("toy", "quick", root)
+    cells.write_source("toy", "quick", root)
     return notebook.run("toy", "quick", root)
 
 
@@ -93,8 +94,8 @@ def test_wrong_parameter_is_refused_with_key_value_and_what_is_allowed(tree, val
 
 
 def test_an_integer_may_stand_for_a_float_and_the_profile_is_injected(tree):
-    source = notebook.normalise("toy", notebook.load_notebook("toy", tree))
-    assert notebook.validated(source, {"rate": 1}, "quick") == {"profile": "quick", "rate": 1}
+    source = cells.normalise("toy", cells.load_notebook("toy", tree))
+    assert cells.validated(source, {"rate": 1}, "quick") == {"profile": "quick", "rate": 1}
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,12 @@ def test_an_integer_may_stand_for_a_float_and_the_profile_is_injected(tree):
 def test_a_parameters_cell_that_cannot_be_checked_is_refused(text, words):
     source = {"notebook": "toy", "cells": [{"cell_type": "code", "source": text, "tags": ["parameters"]}]}
     with pytest.raises(PipelineError, match=words):
-        notebook.validated(source, {}, "quick")
+        cells.validated(source, {}, "quick")
 
 
 def test_unknown_notebook_and_profile_are_named_with_those_there_are(tree):
     with pytest.raises(PipelineError, match=r"'tyo'.*toy"):
-        notebook.load_notebook("tyo", tree)
+        cells.load_notebook("tyo", tree)
     with pytest.raises(PipelineError, match=r"'qiuck'.*quick"):
         common.load_profile("qiuck", tree)
 
@@ -141,8 +142,8 @@ def test_two_executions_are_byte_identical_and_a_failure_keeps_the_last_good_one
 
 def test_an_interrupted_run_leaves_no_kernel_and_no_half_result(tree):
     slow = 'import os, pathlib, time\npathlib.Path("pid").write_text(str(os.getpid())); time.sleep(60)'
-    (tree / "notebooks" / "toy.ipynb").write_text(notebook.stripped(cells(slow)))
-    notebook.write_source("toy", "quick", tree)
+    (tree / "notebooks" / "toy.ipynb").write_text(cells.stripped(made_of(slow)))
+    cells.write_source("toy", "quick", tree)
     old = tree / "results" / "quick" / "toy" / "value.json"
     common.write_text(old, "before")
     code = (
@@ -168,30 +169,30 @@ def test_an_interrupted_run_leaves_no_kernel_and_no_half_result(tree):
 def test_every_notebook_is_in_git_as_it_should_be():
     names = common.notebook_names()
     assert names, "there is no notebook in notebooks/"
-    assert {name: problems for name in names if (problems := notebook.problems(name))} == {}
+    assert {name: problems for name in names if (problems := cells.problems(name))} == {}
 
 
 def test_strip_drops_outputs_and_check_sees_them(tree):
-    saved = cells(CELL)
+    saved = made_of(CELL)
     saved["cells"][2] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
     (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(saved))
-    assert "outputs" in notebook.problems("toy", tree)[0]
-    assert notebook.strip("toy", tree) and not notebook.strip("toy", tree)
-    assert notebook.problems("toy", tree) == []
+    assert "outputs" in cells.problems("toy", tree)[0]
+    assert cells.strip("toy", tree) and not cells.strip("toy", tree)
+    assert cells.problems("toy", tree) == []
 
 
 def test_saving_outputs_does_not_change_the_normalised_copy_and_an_edit_does(tree):
-    before = notebook.write_source("toy", "quick", tree).read_bytes()
-    saved = cells(CELL, "")  # JupyterLab adds an empty cell when the last one is run with Shift-Enter
+    before = cells.write_source("toy", "quick", tree).read_bytes()
+    saved = made_of(CELL, "")  # JupyterLab adds an empty cell when the last one is run with Shift-Enter
     saved["cells"][2] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
     (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(saved))
-    assert notebook.write_source("toy", "quick", tree).read_bytes() == before
-    (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(cells(CELL + "\n1 + 1")))
-    assert notebook.write_source("toy", "quick", tree).read_bytes() != before
+    assert cells.write_source("toy", "quick", tree).read_bytes() == before
+    (tree / "notebooks" / "toy.ipynb").write_text(json.dumps(made_of(CELL + "\n1 + 1")))
+    assert cells.write_source("toy", "quick", tree).read_bytes() != before
 
 
 def test_the_save_hook_of_jupyter_drops_only_empty_cells_at_the_end():
-    model = {"type": "notebook", "content": cells("1", "", "2", "", " \n")}
+    model = {"type": "notebook", "content": made_of("1", "", "2", "", " \n")}
     notebook.drop_empty_end(model, path="x", contents_manager=None)
     assert [cell["source"] for cell in model["content"]["cells"][2:]] == ["1", "", "2"]
 
@@ -212,7 +213,7 @@ def loaded(statement: str) -> set[str]:
     return {
         str(path.relative_to(ROOT))
         for path in paths
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in stages.PACKAGES
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in imports.PACKAGES
     }
 
 
@@ -225,8 +226,8 @@ def test_every_stage_declares_the_modules_its_code_loads():
         for stage in (stage for stage, name in modules.items() if name == module):
             assert files <= set(made[stage]["deps"]), stage
     for name in common.notebook_names():
-        source = notebook.normalise(name, notebook.load_notebook(name))
-        lines = [node for node in ast.walk(stages.code_of(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        source = cells.normalise(name, cells.load_notebook(name))
+        lines = [node for node in ast.walk(imports.code_of(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
         files = loaded("\n".join(ast.unparse(line) for line in lines))
         assert files <= set(made[f"notebook-{name}"]["deps"]), name
 
@@ -244,7 +245,7 @@ def test_training_together_makes_what_training_apart_does():
 
 def test_starting_a_notebook_stage_builds_no_grammars():
     """rfc3987_syntax would build 38 of them at import, with lark: seconds, in every stage."""
-    code = ("import sys\nfrom pipelines import notebook\nnotebook.to_nbformat({'cells': []})\n"
+    code = ("import sys\nfrom pipelines import kernel\nkernel.to_nbformat({'cells': []})\n"
             "import papermill, nbconvert\nprint('lark' in sys.modules, 'jsonschema' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
@@ -260,7 +261,7 @@ def test_imports_are_found_in_every_form(tmp_path):
         (package / f"{name}.py").write_text("")
 
     def found(code: str) -> list[str]:
-        return [Path(p).stem for p in stages.closure(stages.imports(ast.parse(code), None, tmp_path), tmp_path)]
+        return [Path(p).stem for p in imports.closure(imports.imports(ast.parse(code), None, tmp_path), tmp_path)]
 
     assert found("import eplib as e\ne.gradient(1)") == ["__init__", "estimators", "late", "solvers"]
     assert (
@@ -279,7 +280,7 @@ def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
     for path in (ROOT / "pipelines").glob("*.py"):
         shutil.copy(path, tree / "pipelines")
     (tree / "eplib").mkdir()
-    for name in ("__init__", "files"):
+    for name in ("__init__", "files", "settings"):
         shutil.copy(ROOT / "eplib" / f"{name}.py", tree / "eplib")
     subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
     common.write_text(tree / ".dvc" / "config", "[core]\n    analytics = false\n    check_update = false\n")
@@ -297,7 +298,7 @@ def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
             return len(repo.reproduce())
 
     path = tree / "notebooks" / "toy.ipynb"
-    assert reproduced() == 1 and notebook.source_path("toy", "quick", tree).is_file()
+    assert reproduced() == 1 and cells.source_path("toy", "quick", tree).is_file()
     assert reproduced() == 0 and status() == {}
 
     saved = json.loads(path.read_text())
@@ -327,3 +328,60 @@ def test_the_lock_keeps_every_cell_as_it_is():
         for index, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
             nested = {"stages": {"s": {"params": {"file": {f"cells.{index}.source": cell["source"]}}}}}
             assert yaml.safe_load(dumps_yaml(nested)) == nested, f"{path.name}, cell {index}: wrap its formulas"
+
+
+# --- arms: their names and colours ---
+
+
+def profile_file(folder: Path, text: str, name: str = "mine") -> str:
+    """A profile outside the repository, as --profile takes it."""
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+ARMS = """\
+runs:
+  toy:
+    - common: {data: {kind: Text, corpus: plays}, model: {width: 8, heads: 2, context: 8, block: {kind: Thick}},
+               solver: {kind: Relaxation}, estimator: {kind: DyadicEP}, steps: 2}
+      arms:
+        mine: {label: "my rule, damped", colour: "#123456", model: {block: {damping: 0.5}}}
+        ep_linear: {colour: "#000000"}
+        nameless: {}
+"""
+
+
+def test_an_arm_brings_its_label_and_colour_and_an_unknown_one_has_its_name_and_a_stable_colour(tmp_path):
+    profile = profile_file(tmp_path, ARMS)
+    plotting.use(profile)
+    assert (plotting.label("mine"), plotting.colour("mine")) == ("my rule, damped", "#123456")
+    assert (plotting.label("ep_linear"), plotting.colour("ep_linear")) == ("EP, linear response", "#000000")
+    assert plotting.label("nameless") == "nameless" and plotting.colour("nameless") in plotting.PALETTE
+    code = f"from eplib import plotting; plotting.use({profile!r}); print(plotting.look('nameless'))"
+    seen = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+    assert seen == {f"{plotting.look('nameless')}\n"}
+    _, (ax,) = plotting.figure()
+    plotting.seeds(ax, [0, 1], [[2, 1]], "nameless")
+    assert [line.get_label() for line in ax.lines] == ["nameless"]
+
+
+def test_what_an_arm_says_of_its_looks_is_no_part_of_its_configuration(tmp_path):
+    plain = ARMS.replace('label: "my rule, damped", colour: "#123456", ', "").replace('{colour: "#000000"}', "{}")
+    described, bare = (profiles.configurations(profile_file(tmp_path, text, name), "toy")
+                       for text, name in ((ARMS, "described"), (plain, "bare")))
+    assert described == bare and described[0].model.block.damping == 0.5
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (("#123456", "red"), "colour 'red'.*#rrggbb"), (('"my rule, damped"', "3"), "label 3.*text")])
+def test_a_look_that_cannot_be_drawn_is_refused(tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        plotting.use(profile_file(tmp_path, ARMS.replace(*change)))
+
+
+def test_an_arm_has_one_look_in_a_profile(tmp_path):
+    twice = ARMS + "    - arms:\n        mine: {colour: '#654321'}\n"
+    with pytest.raises(ValueError, match=r"arm mine: colour is '#654321' here and '#123456' elsewhere"):
+        plotting.use(profile_file(tmp_path, twice))

@@ -22,7 +22,7 @@ from eplib.config import ConfigurationError, digest, parse, plain, sparse
 from eplib.store import formats, records
 from eplib.store.records import Run, Store, configurations
 from eplib.training import Optimiser, OutOfTime, RunConfig
-from pipelines import horizon, stages, train
+from pipelines import horizon, imports, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
 COMMON = """
@@ -183,7 +183,7 @@ def test_recorded_runs_and_pruning(root):
 def test_source_digest_covers_every_module_that_training_imports():
     """A module left out would let a changed computation pass as the recorded one."""
     imported = {Path(path).relative_to("eplib").with_suffix("").as_posix()
-                for path in stages.closure(["eplib.training"], REPOSITORY) if path.endswith(".py")}
+                for path in imports.closure(["eplib.training"], REPOSITORY) if path.endswith(".py")}
     assert imported - {"__init__"} == set(provenance.SOURCE)
 
 

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from pipelines import notebook
+from pipelines import kernel
 from pipelines.common import PipelineError
 
 ROOT = Path(__file__).parent.parent
@@ -192,19 +192,19 @@ def test_notebooks_run_where_the_home_is_read_only_and_the_temporary_folder_deep
         monkeypatch.setenv(name, "/proc")
     monkeypatch.setenv("TMPDIR", str(deep))
     cell = {"cell_type": "code", "source": "import os; print(os.environ['TMPDIR'])"}
-    executed, failure = notebook.execute({"notebook": "toy", "cells": [cell]}, {}, tmp_path)
+    executed, failure = kernel.execute({"notebook": "toy", "cells": [cell]}, {}, tmp_path)
     assert failure is None and executed["cells"][-1]["outputs"][0]["text"] == [f"{deep}\n"]
     assert list(deep.iterdir()) == []
-    monkeypatch.setattr(notebook, "SOCKET_PATH", 10)
+    monkeypatch.setattr(kernel, "SOCKET_PATH", 10)
     with pytest.raises(PipelineError, match=r"no temporary folder for .* sockets.*set TMPDIR to a short path"):
-        notebook.short_folder()
+        kernel.short_folder()
 
 
 def test_an_executed_notebook_names_files_from_the_root_on():
     """A warning that it shows does not depend on where the repository lies."""
     said = {"output_type": "stream", "name": "stderr", "text": f"{ROOT}/eplib/runs.py:1: UserWarning: x\n"}
     cell = {"cell_type": "code", "metadata": {}, "source": [], "outputs": [said]}
-    assert '"eplib/runs.py:1: UserWarning: x\\n"' in notebook.settle({"cells": [cell]})
+    assert '"eplib/runs.py:1: UserWarning: x\\n"' in kernel.settle({"cells": [cell]})
 
 
 def test_interrupted_setup_does_not_count_as_done(tmp_path):

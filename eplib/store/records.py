@@ -28,6 +28,7 @@ from ..files import leftovers, write_atomically
 from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile
 from ..provenance import machine, source_digest, versions
+from ..settings import name_of
 from ..solvers import FixedHorizon, Solver, Substitution
 from ..training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
@@ -47,14 +48,14 @@ CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged 
 
 def save_result(profile: str, experiment: str, name: str, value: Any) -> Path:
     """Writes a notebook's result to results/<profile>/<experiment>/<name>.json; non-finite numbers become null."""
-    path = ROOT / "results" / profile / experiment / f"{name}.json"
+    path = ROOT / "results" / name_of(profile) / experiment / f"{name}.json"
     write_atomically(path, to_json(value))
     return path
 
 
 def save_machine(profile: str, name: str, value: Any) -> Path:
     """Like `save_result` for times and other facts of this machine: results/<profile>/machine/<name>.json."""
-    path = ROOT / "results" / profile / "machine" / f"{name}.json"
+    path = ROOT / "results" / name_of(profile) / "machine" / f"{name}.json"
     write_atomically(path, to_json(value | {"machine": machine()}))
     return path
 
@@ -64,7 +65,7 @@ class Store:
 
     def __init__(self, profile: str, root: Path = ROOT):
         self.profile, self.root = profile, Path(root)
-        self.results, self.checkpoints = self.root / "results" / profile, self.root / "checkpoints" / profile
+        self.results, self.checkpoints = (self.root / kind / name_of(profile) for kind in ("results", "checkpoints"))
         settings = load_profile(profile, self.root)
         self.stale, self.sample = settings.get("stale", "keep"), settings.get("sample", 0)
 
