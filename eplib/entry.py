@@ -141,7 +141,7 @@ def first_state(start: Tensor | LinearStart | None, block: Any, x: Tensor, carri
         if shape != x.shape:
             raise ValueError(f"LinearStart predicts states of the clamp's shape, {tuple(x.shape)}, and those of {name} have "
                              f"{tuple(shape)}; leave it out")
-        return start(x, carried)
+        return start.next(x, carried)
     if start.is_inference():
         raise ValueError("autograd cannot record from a state made under torch.inference_mode; give a clone of it")
     if start.shape != shape or start.dtype != x.dtype or start.device != x.device:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import spectra
+from .contrast import Problem
+from .controllers import ContractionRate
 from .models import Backend, EquilibriumModel
 from .solvers import Relaxation, Solver
 from .tasks import Task
@@ -52,9 +54,14 @@ def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int |
             "excursions": int((~(residual <= EXCURSION)).sum()), "iterations": torch.cat(steps).double().mean().item()}
 
 
-def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver) -> dict[str, float]:
-    """The spectrum's ends (`spectra.edges`) and the numerical abscissa at the fixed point of the first `SEQUENCES` of inputs,
-    and the rate at which plain relaxation at the solver's step ends there; nothing where the free phase diverges or is none."""
+def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver, penalties: tuple = ()) -> dict[str, float]:
+    """The spectrum's ends (`spectra.edges`) and the numerical abscissa at the states in which the first `SEQUENCES` of inputs
+    end, `edges_residual` being the largest residual there, and the rate at which plain relaxation at the solver's step ends;
+    nothing where the free phase diverges or is none.
+
+    Of the first ContractionRate among the penalties what it sees there, `rate_seen`, and the spectral radius `rate_held` of
+    I + held_step J that it is to see.
+    """
     if model.block.explicit:
         return {}
     inputs, step = moved(model, inputs[:SEQUENCES]), solver.step
@@ -65,5 +72,9 @@ def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver) -> dict[str, 
         z, x = solution.value, model.clamp(inputs)
         jacobian = model.block.linearise(z, x)
     relaxed = model.settle(inputs, Relaxation(step=step, max_steps=TAIL, tol=1e-5))
-    return spectra.edges(model.block, z, x, step) | {
+    held = next((one for one in penalties if isinstance(one, ContractionRate)), None)
+    seen = {} if held is None else {
+        "rate_seen": held.rates(Problem(model, inputs, inputs, x, z), step).max().item(), "held_step": held.step or step}
+    return spectra.edges(model.block, z, x, step, seen.get("held_step")) | seen | {
+        "edges_residual": solution.residual.max().item(),
         "numerical_abscissa": spectra.numerical_abscissa(jacobian, z).max().item(), "rate_tail": relaxed.rate.max().item()}

@@ -61,8 +61,11 @@ class Optimiser:
     """AdamW under a warm-up, stable, decay (WSD) schedule.
 
     lr: peak rate. warmup: share of the steps that rise linearly to it. decay: share at the end that falls linearly to zero,
-    which the update after the last would have. clip: largest gradient norm. ema: decay per step of the parameter average that
-    is evaluated, less in the first steps, (1 + step) / (10 + step) at step 0, 1 ..; 0 evaluates the weights.
+    which the update after the last would have. clip: largest gradient norm. clipping: what the clip cuts, the sum of the task's
+    and the penalties' gradients ("together"), or the task's alone ("apart"); then the penalties' is cut to the norm that the
+    task's has after that, or to the clip where there is none of the task, so that neither drowns the other. ema: decay per step
+    of the parameter average that is evaluated, less in the first steps, (1 + step) / (10 + step) at step 0, 1 ..; 0 evaluates
+    the weights.
     """
 
     lr: Annotated[float, Field(gt=0)] = 3e-3
@@ -70,6 +73,7 @@ class Optimiser:
     decay: Fraction = 0.25
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
+    clipping: Literal["together", "apart"] = "together"
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -151,6 +155,9 @@ class RunConfig:
             raise ValueError(f"start predicts where a free phase starts, and {kind} begins at the block's own; leave it out")
         if self.start and isinstance(block, Layered):
             raise ValueError("start predicts states of the clamp's shape, and Layered has one for each layer; leave it out")
+        if self.optimiser.clipping == "apart" and not self.penalties:
+            raise ValueError("optimiser.clipping apart cuts the penalties' gradient by the task's, and there are no penalties; "
+                             "give clipping: together, or penalties")
         if self.estimator.explicit and (self.gate or self.penalties):
             raise ValueError(f"{block.kind} has no dynamics: its residual is zero, so gate={self.gate} would never act, and "
                              "penalties have no fixed point to act at; give gate: null and penalties: []")

@@ -113,11 +113,12 @@ def contraction_rate(model: EquilibriumModel, inputs: Tensor, z: Tensor, step: f
 
 
 @torch.no_grad()
-def edges(block: Dynamical, z: Tensor, x: Tensor, step: float) -> dict[str, float]:
+def edges(block: Dynamical, z: Tensor, x: Tensor, step: float, held_step: float | None = None) -> dict[str, float]:
     """Where the spectrum of J at z (B, ...) under the clamp x ends, the worst of the batch.
 
     abscissa: largest real part of the eigenvalues, and frequency: the imaginary part of that very one, zero for a real mode;
     abscissa_residual: ||J y - lambda y|| of its unit vector. rate_arnoldi: spectral radius of I + rate_step J, and rate_step.
+    rate_held: that of I + held_step J, where a step is given for it.
     Exact, with a residual of zero, from the tokens' own blocks where those have all of J's eigenvalues (`token_spectra`); else
     by `rightmost`, in float64.
     """
@@ -128,8 +129,12 @@ def edges(block: Dynamical, z: Tensor, x: Tensor, step: float) -> dict[str, floa
         z = z.double()
         found = rightmost(deepcopy(block).double().linearise(z, x.double()), z)
     first, residual = max(((values[values.real.argmax()], left) for values, left in found), key=lambda one: float(one[0].real))
+
+    def radius(step: float) -> float:
+        return max((1 + step * values).abs().max().item() for values, _ in found)
+
     return {"abscissa": first.real.item(), "frequency": abs(first.imag.item()), "abscissa_residual": residual,
-            "rate_arnoldi": max((1 + step * values).abs().max().item() for values, _ in found), "rate_step": step}
+            "rate_arnoldi": radius(step), "rate_step": step} | ({"rate_held": radius(held_step)} if held_step else {})
 
 
 @torch.no_grad()

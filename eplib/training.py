@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import plain
+from .controllers import KEPT
 from .diagnostics import READOUT, agreement, without_readout
 from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient, summed
 from .evaluation import EXCURSION, edges, evaluate, moved
@@ -128,14 +129,12 @@ class Trainer:
             audit = self._audit(inputs, targets, estimator, report)
         task = report.grads if math.isfinite(report.loss) and not gated and not gated_nudged else None
         rate = config.optimiser.rate(step, config.steps)
-        norm, updated = self._update(task or {}, report.penalty_grads, rate)
+        row |= self._update(task or {}, report.penalty_grads, rate) | audit
         if self.average is not self.model:
             # the average forgets its start: early in training it follows the weights closely
             decay = min(config.optimiser.ema, (1 + step) / (10 + step))
             for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(value.detach(), 1 - decay)
-        row |= {"task_gradient": int(task is not None and updated), "skipped": int(not updated), "gradient_norm": norm,
-                "lr": rate} | audit
         if taken := sorted(row.keys() & report.measured.keys()):
             raise ValueError(f"the estimator or a penalty measures {', '.join(taken)}, a column of the log already; rename it")
         self.progress.step += 1
@@ -150,22 +149,26 @@ class Trainer:
         bound = max(gate, self.config.second.tol)
         return not free.residual.max() <= gate, nudged is not None and not nudged.residual.max() <= bound
 
-    def _update(self, task: dict[str, Tensor], penalties: dict[str, Tensor], rate: float) -> tuple[float, bool]:
-        """One step of the optimiser along the sum of both gradients, clipped; its norm, and whether the step was made: without
-        any gradient, or with one that is not finite, weights and moments stay as they are. A parameter that has no gradient,
-        frozen or outside of what a penalty reaches, neither moves nor decays."""
-        total = summed(task, penalties)
-        norm = torch.stack([value.norm() for value in total.values()]).norm().item() if total else 0.0
-        if not total or not math.isfinite(norm):
-            return norm, False
-        scale = min(1.0, self.config.optimiser.clip / (norm + 1e-12))
+    def _update(self, task: dict[str, Tensor], penalties: dict[str, Tensor], rate: float) -> dict[str, Value]:
+        """One step of the optimiser along both gradients, clipped, and what the log says of it. Without any gradient, or with
+        one that is not finite, weights and moments stay as they are. A parameter that has no gradient, frozen or outside of
+        what a penalty reaches, neither moves nor decays."""
+        total, size, kept = clipped(task, penalties, self.config.optimiser)
+        beside = _size(penalties)
+        updated = bool(total) and math.isfinite(size) and math.isfinite(beside)
+        if self.config.optimiser.clipping == "apart":
+            self.state |= {f"penalty{index}.{KEPT}": torch.tensor(kept) for index in range(1, 1 + len(self.config.penalties))}
+        row: dict[str, Value] = {"gradient_norm": size, "penalty_norm": beside, "penalty_kept": kept, "lr": rate,
+                                 "skipped": int(not updated), "task_gradient": int(bool(task) and updated)}
+        if not updated:
+            return row
         for name, parameter in self.model.named_parameters():
-            parameter.grad = total[name] * scale if name in total else None
+            parameter.grad = total.get(name)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return norm, True
+        return row
 
     def _asymmetry(self, inputs: Tensor, report: Report) -> float:
         if report.grads is None or report.adjoint is None:
@@ -197,7 +200,7 @@ class Trainer:
         solver = self.config.solver
         self.progress.curve.append(
             {"step": step} | evaluate(self.average, self.task, solver, self.config.evaluation_batches, self.backend)
-            | edges(self.average, self.task.batch(0)[0], solver))
+            | edges(self.average, self.task.batch(0)[0], solver, self.config.penalties))
 
     def _save(self) -> None:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -233,6 +236,26 @@ class Trainer:
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": slots})
         self.state = parts["state"]
         self.progress = Progress.restored(parts, json.loads(header["progress"]))
+
+
+def clipped(task: dict[str, Tensor], penalties: dict[str, Tensor],
+            rule: Optimiser) -> tuple[dict[str, Tensor], float, float]:
+    """The gradient of an update, {parameter name: tensor}; the norm that was held against the clip, of both together or of the
+    task's alone where the two are clipped apart; and the share of the penalties' gradient that was left."""
+    if rule.clipping == "together":
+        total = summed(task, penalties)
+        size = _size(total)
+        kept = min(1.0, rule.clip / (size + 1e-12))
+        return {name: value * kept for name, value in total.items()}, size, kept
+    size = _size(task)
+    scale = min(1.0, rule.clip / (size + 1e-12))
+    kept = min(1.0, (scale * size if task else rule.clip) / (_size(penalties) + 1e-12))
+    return summed(*({name: value * share for name, value in part.items()}
+                    for part, share in ((task, scale), (penalties, kept)))), size, kept
+
+
+def _size(grads: dict[str, Tensor]) -> float:
+    return torch.stack([value.norm() for value in grads.values()]).norm().item() if grads else 0.0
 
 
 def _phases(report: Report, solver: Solver, second: Solver) -> dict[str, Value]:

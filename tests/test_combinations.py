@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import eplib
 from eplib import blocks, estimators, models
 from eplib.calculus import Sublayers
-from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven, ResidualPenalty
+from eplib.controllers import ContractionRate, Homeostasis, Integral, JacobianNorm, LeadingMode, ResidualDriven, ResidualPenalty
 from eplib.diagnostics import dense_jacobian
 from eplib.kernels import KernelError
 from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status, Substitution, norm
@@ -104,7 +104,10 @@ SOLVERS = {
 PENALTIES = {
     "none": (), "rate": (ContractionRate(target=0.2, strength=2.0, products=1),),
     "plane": (ContractionRate(target=0.2, strength=2.0, probes=2),),
-    "token": (ContractionRate(target=0.2, strength=2.0, per="token"),), "mode": (LeadingMode(margin=0.95, strength=2.0),),
+    "token": (ContractionRate(target=0.2, strength=2.0, per="token"),),
+    "plane, driven": (ContractionRate(target=0.2, strength=2.0, probes=2, driven=Integral(floor=0.5)),),
+    "token, driven": (ContractionRate(target=0.2, strength=2.0, per="token", step=0.25, driven=Integral(floor=0.5)),),
+    "mode": (LeadingMode(margin=0.95, strength=2.0),),
     "norm": (JacobianNorm(driven=ResidualDriven()),), "residual": (ResidualPenalty(),), "homeostasis": (Homeostasis(),),
     "two of a kind": (ContractionRate(target=0.2, strength=2.0), ContractionRate(target=0.3, strength=1.0, products=0)),
     "two kinds": (Homeostasis(), JacobianNorm(strength=2.0))}
@@ -206,6 +209,7 @@ def penalty_value(penalty, model, z, x, step):
         q = krylov(penalty.step, penalty.products, 2)
         alpha = torch.linalg.eigvals(q.mT @ j @ q).real.amax(-1)
         return penalty.strength * (alpha + penalty.margin).clamp_min(0).square().mean()
+    step = penalty.step or step
     move = eye + step * j
     if penalty.per == "token":
         own = move.unflatten(1, (TOKENS, WIDTH)).unflatten(3, (TOKENS, WIDTH))
@@ -213,7 +217,7 @@ def penalty_value(penalty, model, z, x, step):
         v = force
         for _ in range(penalty.products):
             v = (move.detach() @ v.unsqueeze(-1)).squeeze(-1)
-        rate = ((move @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1) / v.norm(dim=-1)).amax(-1)
+        rate = ((move @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1) / v.norm(dim=-1))
     elif penalty.probes > 1:
         q = krylov(step, penalty.products, penalty.probes)
         rate = torch.linalg.eigvals(q.mT @ move @ q).abs().amax(-1)
@@ -222,7 +226,10 @@ def penalty_value(penalty, model, z, x, step):
         for _ in range(penalty.products):
             v = move.detach() @ v
         rate = (move @ v).norm(dim=1).squeeze(-1) / v.norm(dim=1).squeeze(-1)
-    return penalty.strength * (rate - penalty.target).clamp_min(0).square().mean()
+    strength = penalty.strength
+    if penalty.driven:
+        strength = penalty.driven((rate > penalty.target).double().mean().item(), {}, strength)
+    return strength * (rate.view(len(rate), -1).amax(1) - penalty.target).clamp_min(0).square().mean()
 
 
 def named(case: dict, model, message: str) -> set[str]:

@@ -9,7 +9,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eplib
 from eplib import blocks, diagnostics, estimators, models, spectra
-from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven, ResidualPenalty
+from eplib.controllers import (
+    KEPT,
+    ContractionRate,
+    Homeostasis,
+    Integral,
+    JacobianNorm,
+    LeadingMode,
+    ResidualDriven,
+    ResidualPenalty,
+)
 from eplib.estimators import Problem
 from eplib.solvers import Relaxation, norm
 from systems import linear_batch, linear_system, transformer
@@ -245,17 +254,20 @@ def pair_formula(model, z, force):
     return 20.0 * (torch.linalg.eigvals(small).abs().amax(-1) - 0.3).clamp_min(0).square().mean()
 
 
-def token_formula(model, z, force):
+def token_rates(model, z, force, step=STEP):
     tokens, width = z.shape[1:]
     blocks_ = pieces(model, z).unflatten(1, (tokens, width)).unflatten(3, (tokens, width))
     own = torch.stack([blocks_[:, t, :, t] for t in range(tokens)], 1)  # (B, T, C, C)
-    move = torch.eye(width, dtype=z.dtype) + STEP * own
+    move = torch.eye(width, dtype=z.dtype) + step * own
     v = force
     for _ in range(2):
         v = (move.detach() @ v.unsqueeze(-1)).squeeze(-1)
         v = v / v.norm(dim=-1, keepdim=True)
-    rate = (move @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1).amax(-1)
-    return 20.0 * (rate - 0.3).clamp_min(0).square().mean()
+    return (move @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1)  # (B, T)
+
+
+def token_formula(model, z, force):
+    return 20.0 * (token_rates(model, z, force).amax(-1) - 0.3).clamp_min(0).square().mean()
 
 
 def residual_formula(model, z, force):
@@ -343,6 +355,67 @@ def test_the_driven_coefficient_follows_the_residual_between_floor_and_ceiling()
     problem, driven = at(model, inputs, z), ResidualDriven(target=1e-9, ceiling=1e6)
     first = JacobianNorm(strength=1.0, driven=driven)(problem, STEP, carried := {}).measured["coefficient"]
     assert JacobianNorm(strength=1.0, driven=driven)(problem, STEP, carried).measured["coefficient"] > first > 1
+
+
+def test_the_integral_strength_rises_while_too_many_are_above_and_never_leaves_its_bounds():
+    control, carried = Integral(quantile=0.9, gain=0.1, floor=1.0, ceiling=40.0), {}
+    above = control(0.25, carried, 10.0)
+    assert above == pytest.approx(10.0 * math.exp(0.15))  # two and a half times what is allowed
+    assert control(0.1, carried, 10.0) == pytest.approx(above) == float(carried["coefficient"])  # at the target it stands
+    for share, end in ((1.0, 40.0), (0.0, 1.0)):
+        for _ in range(50):
+            last = control(share, carried, 10.0)
+        assert last == end
+    assert control(0.2, carried, 10.0) == pytest.approx(math.exp(0.1))  # it has not wound up
+    carried[KEPT] = torch.tensor(0.5)  # the trainer cut the last gradient
+    assert control(1.0, carried, 10.0) == pytest.approx(math.exp(0.1))
+    assert control(0.0, carried, 10.0) == pytest.approx(1.0)
+    surge = Integral(quantile=0.9999, gain=0.1)(1.0, {}, 100.0)
+    assert surge == pytest.approx(100.0 * math.e)  # a whole batch above is no explosion
+    with pytest.raises(ValueError, match=r"ceiling 1.0 is below floor 2.0"):
+        Integral(floor=2.0, ceiling=1.0)
+
+
+def test_a_driven_rate_is_the_chosen_quantile_of_all_tokens():
+    model, inputs, _ = transformer(damping=0.25)
+    z = model.settle(inputs, SETTLE).value
+    model.held = model.clamp(inputs).detach()
+    rates = token_rates(model, z, model.block(z, model.held).detach(), 0.25).detach()
+    target = (rates.flatten().sort().values[-3:-1].mean()).item()  # two tokens are above
+    fixed = ContractionRate(target=target, strength=20.0, per="token", step=0.25)
+    driven = ContractionRate(target=target, strength=20.0, per="token", step=0.25, driven=Integral(quantile=0.8, floor=0.1))
+    assert torch.allclose(driven.rates(at(model, inputs, z), STEP), rates, rtol=1e-9)
+    carried: dict = {}
+    found, plain = driven(at(model, inputs, z), STEP, carried), fixed(at(model, inputs, z), STEP, {})
+    assert found.measured["rate_quantile"] == pytest.approx(rates.flatten().quantile(0.8).item(), rel=1e-9)
+    assert found.measured["rate_above"] == pytest.approx(2 / rates.numel())
+    strength = 20.0 * math.exp(0.02 * (2 / rates.numel() / 0.2 - 1))
+    assert found.measured["rate_coefficient"] == pytest.approx(strength) == float(carried["coefficient"])
+    assert found.measured["penalty"] == pytest.approx(plain.measured["penalty"] * strength / 20.0) and plain.grads
+    for name, grad in plain.grads.items():
+        assert torch.allclose(found.grads[name], grad * (strength / 20.0), rtol=1e-6, atol=1e-12), name
+    assert found.evaluations == plain.evaluations
+
+
+def test_the_loop_closes_at_the_target_where_a_fixed_strength_gives_way():
+    """Against weights that grow at every step, which pushes the rates up without end."""
+    def last(controller):
+        model, inputs, _ = transformer(damping=0.25)
+        carried, seen = {}, []
+        for _ in range(120):
+            outcome = controller(at(model, inputs, model.settle(inputs, SETTLE).value), STEP, carried)
+            seen.append(outcome.measured["rate_probe"])
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    if name in outcome.grads:
+                        value.add_(outcome.grads[name], alpha=-1e-3)
+                    if name.startswith("block.") and value.dim() > 1:
+                        value.mul_(1.005)
+        return seen[-20:]
+
+    assert min(last(ContractionRate(target=0.7, strength=0.5, per="token"))) > 0.9
+    held = last(ContractionRate(target=0.7, strength=0.5, per="token", driven=Integral(quantile=0.9, floor=0.1)))
+    assert min(held) > 0.65 and max(held) < 0.8
 
 
 def test_penalties_add_up_and_are_the_same_with_every_estimator():

@@ -55,3 +55,12 @@ def test_a_clamp_that_leaves_the_map_undetermined_gives_a_finite_prediction():
     x[..., 1] = 0
     LinearStart().learn(x, z, carried)
     assert carried["start"].isfinite().all() and carried["start"][1].abs().max() < 1e-6
+
+
+def test_a_share_of_the_gradients_starts_cold():
+    reports = gradients(LinearStart(cold=0.4), 10)
+    cold = gradients(None, 10)
+    alike = [torch.equal(a.free.steps, b.free.steps) for a, b in zip(reports, cold, strict=True)]
+    assert alike == [True, False, True, False, True, False, False, True, False, True]  # the first: nothing is fitted yet
+    state = reports[-1].state
+    assert LinearStart(cold=0.4)(torch.ones(1, 12, 16), state) is not None  # an evaluation from there is not one of them

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 import eplib.data
 import systems  # noqa: F401  (one thread)
 from eplib import blocks, diagnostics, estimators, training
-from eplib.controllers import ContractionRate, Homeostasis, JacobianNorm, LeadingMode, ResidualDriven
+from eplib.controllers import ContractionRate, Homeostasis, Integral, JacobianNorm, LeadingMode, ResidualDriven
 from eplib.data import RawFile
-from eplib.solvers import FixedHorizon, MixedPrecision, Relaxation
+from eplib.solvers import FixedHorizon, MixedPrecision, Relaxation, norm
 from eplib.starts import LinearStart
 from eplib.store.records import Store, summarise
 from eplib.training import (
@@ -39,6 +39,7 @@ from eplib.training import (
     Trainer,
     build_model,
     build_task,
+    clipped,
     evaluate,
     fastest_backend,
 )
@@ -446,6 +447,51 @@ def test_loss_and_penalty_gradients_are_added(root, tmp_path, monkeypatch):
     trainer._step()
     for name, value in seen[0].items():
         assert torch.allclose(value, report.grads[name] + report.penalty_grads.get(name, 0), rtol=1e-4, atol=1e-7), name
+
+
+def test_clipped_apart_the_penalties_weigh_no_more_than_the_task():
+    apart, together = Optimiser(clip=2.0, clipping="apart"), Optimiser(clip=2.0)
+    task, penalty = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}, {"a": torch.tensor([0.0, 10.0])}
+    total, size, kept = clipped(task, penalty, apart)
+    assert size == pytest.approx(5.0) and kept == pytest.approx(0.2)  # the task's norm is 2 after the clip, so is the penalty's
+    assert torch.allclose(total["a"], torch.tensor([1.2, 2.0])) and torch.allclose(total["b"], torch.tensor([1.6]))
+    weak, _, kept = clipped({"a": torch.tensor([0.5, 0.0])}, penalty, apart)
+    assert torch.allclose(weak["a"], torch.tensor([0.5, 0.5])) and kept == pytest.approx(0.05)
+    alone, size, kept = clipped({}, penalty, apart)  # a step without a gradient of the task
+    assert torch.allclose(alone["a"], torch.tensor([0.0, 2.0])) and size == 0 and kept == pytest.approx(0.2)
+    small, _, kept = clipped(task, {"a": torch.tensor([0.0, 1.0])}, apart)
+    assert torch.allclose(small["a"], torch.tensor([1.2, 1.0])) and kept == 1
+    both, size, kept = clipped(task, penalty, together)
+    assert size == pytest.approx(125**0.5) and kept == pytest.approx(2 / 125**0.5)
+    assert torch.allclose(both["a"], torch.tensor([3.0, 10.0]) * kept) and clipped({}, {}, apart)[0] == {}
+
+
+def test_the_trainer_tells_a_penalty_what_its_clip_left(root, tmp_path):
+    held = ContractionRate(target=0.1, strength=1e4, per="token", driven=Integral())
+    run = config(penalties=(held,), optimiser=Optimiser(clip=0.1, clipping="apart"), steps=3)
+    trainer = Trainer(run, tmp_path, root / "data")
+    trainer.advance()
+    rows = list(trainer.progress.rows)
+    assert all(row["penalty_norm"] > 0.1 and row["penalty_kept"] == pytest.approx(0.1 / row["penalty_norm"]) for row in rows)
+    assert len({row["rate_coefficient"] for row in rows}) == 1  # cut to the clip, it does not wind up
+    assert all(0 < row["rate_quantile"] <= row["rate_probe"] and row["rate_above"] > 0 for row in rows)
+    for refused in ({"penalties": ()}, BACKPROP):
+        with pytest.raises(ValueError, match="clipping apart"):
+            config(**{"optimiser": run.optimiser, **refused})
+
+
+def test_an_evaluation_holds_what_the_control_sees_against_the_exact_spectrum(root, tmp_path):
+    held = ContractionRate(target=0.9, per="token", step=0.25, products=40)
+    trainer = Trainer(config(penalties=(held,), steps=2, keep=()), tmp_path, root / "data")
+    trainer.advance()
+    [row], model = list(trainer.progress.curve), trainer.average
+    inputs = trainer.task.batch(0)[0][:1]
+    z, x = model.settle(inputs, trainer.config.solver).value, model.clamp(inputs).detach()
+    own = diagnostics.dense_jacobian(model, x, z).unflatten(0, (8, 8)).unflatten(2, (8, 8))
+    radii = [torch.linalg.eigvals(torch.eye(8) + 0.25 * own[t, :, t]).abs().max() for t in range(8)]
+    assert row["held_step"] == 0.25 and row["rate_held"] == pytest.approx(max(radii).item(), rel=1e-4)
+    assert row["rate_seen"] == pytest.approx(row["rate_held"], rel=2e-2)
+    assert row["edges_residual"] == pytest.approx((norm(model.block(z, x)) / norm(z)).item(), rel=1e-3)
 
 
 def test_the_average_follows_the_weights(root, tmp_path):

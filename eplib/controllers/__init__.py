@@ -11,12 +11,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .base import Outcome
-from .contraction import ContractionRate
+from .base import KEPT, Outcome
+from .contraction import ContractionRate, Integral
 from .mode import LeadingMode
 from .norms import Homeostasis, JacobianNorm, ResidualDriven, ResidualPenalty
 
-__all__ = ["ContractionRate", "Homeostasis", "JacobianNorm", "LeadingMode", "Outcome", "Penalty", "ResidualDriven",
-           "ResidualPenalty"]
+__all__ = ["KEPT", "ContractionRate", "Homeostasis", "Integral", "JacobianNorm", "LeadingMode", "Outcome", "Penalty",
+           "ResidualDriven", "ResidualPenalty"]
 
 Penalty = Annotated[ContractionRate | LeadingMode | JacobianNorm | ResidualPenalty | Homeostasis, Field(discriminator="kind")]

@@ -13,6 +13,7 @@ from ..solvers import norm
 
 Strength = Annotated[float, Field(ge=0)]
 Products = Annotated[int, Field(ge=0)]
+KEPT = "kept"  # in what a penalty carries: how much of its last gradient the trainer's clip left, 1 for all of it
 
 
 @dataclass(frozen=True)

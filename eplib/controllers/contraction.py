@@ -10,7 +10,40 @@ from torch import Tensor
 from ..config import configuration
 from ..contrast import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
 from ..solvers import norm
-from .base import Outcome, Products, Strength, compressed, counted, leading, of_samples, unit
+from .base import KEPT, Outcome, Products, Strength, compressed, counted, leading, of_samples, unit
+
+SURGE = 10.0  # how much more than the allowed share above the target counts
+
+
+@configuration
+class Integral:
+    """A strength that is integrated until the `quantile` of the rates, over batch after batch, stands at the target: multiplied
+    at every call by exp(gain * e), e = (share above the target) / (1 - quantile) - 1, at most `SURGE`.
+
+    It stays within floor and ceiling: one that has annealed away is not there when the next update needs it. Nothing winds up:
+    it does not rise where the trainer cut the penalty's last gradient, of which a larger one would be cut to the same.
+    """
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.02
+    floor: Annotated[float, Field(gt=0)] = 20.0
+    ceiling: Annotated[float, Field(gt=0)] = 2e4
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Integral":
+        if self.ceiling < self.floor:
+            raise ValueError(f"ceiling {self.ceiling} is below floor {self.floor}; choose floor <= ceiling")
+        return self
+
+    def __call__(self, above: float, carried: dict[str, Tensor], start: float) -> float:
+        """The next strength where this share of the rates is above the target; the last one (at first `start`) is carried."""
+        error = min(SURGE, above / (1 - self.quantile) - 1)
+        if float(carried.get(KEPT, 1.0)) < 1:
+            error = min(error, 0.0)
+        value = float(carried.get("coefficient", start)) * math.exp(self.gain * error)
+        value = min(self.ceiling, max(self.floor, value))
+        carried["coefficient"] = torch.tensor(value, dtype=torch.float64)
+        return value
 
 
 @configuration
@@ -29,7 +62,8 @@ class ContractionRate:
     resolves a complex pair. per "token", for a causal block: J is block lower-triangular over tokens, so its spectrum is that
     of the C x C blocks of single tokens; every token has a probe of its own, moved by its own block, and r is the largest of
     the sample's tokens. What is seen is logged as `rate_probe`; `spectra` measures the spectral radius itself. every:
-    gradients from one penalty to the next.
+    gradients from one penalty to the next. driven: how the strength follows the rates (`rate_quantile`, of the share
+    `rate_above` is above the target; the strength is `rate_coefficient`); None keeps it.
     """
 
     kind: Literal["ContractionRate"] = "ContractionRate"
@@ -40,6 +74,7 @@ class ContractionRate:
     probes: Annotated[int, Field(ge=1, le=3)] = 1
     per: Literal["sample", "token"] = "sample"
     step: Annotated[float, Field(gt=0, le=2)] | None = None
+    driven: Integral | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ContractionRate":
@@ -50,36 +85,48 @@ class ContractionRate:
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
         """At a free state and its Jacobian. No probe is carried over, so batches may change in size and length. Raises
         TypeError where tokens have no blocks of their own."""
-        step, tokens = self.step or step, self.per == "token"
+        step = self.step or step
         if counted(carried, "calls") % self.every:
             return Outcome({}, {}, 0)
         with torch.no_grad():
-            jacobian = problem.jacobian
-            if tokens and not getattr(jacobian, "by_token", False):
-                raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal "
-                                "blocks.Thick, Attractor or Thin, not altered since it was built, or per=\"sample\"")
-            probe = self._probe(problem, jacobian, step)
-            if tokens:
-                rate, grads, value, cost = self._of_tokens(problem, jacobian, probe, step)
-            else:
-                rate = self._rate(jacobian, probe, step)
-        if not tokens:
-            above = rate > self.target
-            grads, value, cost = of_samples(problem, above, self.probes, lambda jacobian: self._rate(
-                jacobian, probe[above], step) - self.target, self.strength)
-        measured = {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
+            probe, moved = self._probe(problem, step)
+            rates = self._rate(problem.jacobian, probe, step) if moved is None else _growth(probe, moved)
+        rate, strength, measured = rates.view(len(rates), -1).amax(1), self.strength, {}
+        if self.driven:
+            above = (~(rates <= self.target)).double().mean().item()  # what is not finite is above
+            strength = self.driven(above, carried, strength)
+            measured = {"rate_quantile": rates.flatten().double().quantile(self.driven.quantile).item(), "rate_above": above,
+                        "rate_coefficient": strength}
+        if moved is None:
+            seen = rate > self.target
+            grads, value, cost = of_samples(problem, seen, self.probes, lambda jacobian: self._rate(
+                jacobian, probe[seen], step) - self.target, strength)
+        else:
+            grads, value, cost = self._of_tokens(problem, probe, moved, strength, step)
+        measured |= {"rate_probe": rate.max().item(), "rate_probe_mean": rate.mean().item(), "penalty": value}
         cost += FORCE + (self.products + 2 * self.probes - 1) * PRODUCT  # the probe and what it sees
         return Outcome(grads, measured, math.ceil(cost))
 
-    def _probe(self, problem: Problem, jacobian: Any, step: float) -> Tensor:
+    @torch.no_grad()
+    def rates(self, problem: Problem, step: float) -> Tensor:
+        """What the penalty sees where the solver has this step: r of every sample (B,), or of every token (B, T)."""
+        step = self.step or step
+        probe, moved = self._probe(problem, step)
+        return self._rate(problem.jacobian, probe, step) if moved is None else _growth(probe, moved)
+
+    def _probe(self, problem: Problem, step: float) -> tuple[Tensor, Tensor | None]:
+        """The refined probes and, per token, what I + step J makes of them."""
+        jacobian, tokens = problem.jacobian, self.per == "token"
+        if tokens and not getattr(jacobian, "by_token", False):
+            raise TypeError(f"{type(problem.model.block).__name__} has no blocks of single tokens; use a causal "
+                            "blocks.Thick, Attractor or Thin, not altered since it was built, or per=\"sample\"")
         if self.probes > 1:
-            return leading(problem, step, self.products, self.probes)
-        tokens = self.per == "token"
+            return leading(problem, step, self.products, self.probes), None
         move = jacobian.token_product if tokens else jacobian.product
         probe = problem.force(problem.state)
         for _ in range(self.products):
             probe = unit(probe + step * move(probe), tokens)
-        return probe
+        return probe, probe + step * move(probe) if tokens else None
 
     def _rate(self, jacobian: Any, probe: Tensor, step: float) -> Tensor:
         """r (B,) of the samples along their probes."""
@@ -88,20 +135,24 @@ class ContractionRate:
             return torch.linalg.eigvals(small).abs().amax(-1)
         return norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(torch.finfo(probe.dtype).tiny)
 
-    def _of_tokens(self, problem: Problem, jacobian: Any, probe: Tensor,
-                   step: float) -> tuple[Tensor, dict[str, Tensor], float, float]:
-        """r (B,), the largest of each sample's tokens; the penalty's gradient, value and cost."""
-        moved, size = probe + step * jacobian.token_product(probe), probe.norm(dim=-1, keepdim=True)
-        growth = moved.norm(dim=-1, keepdim=True)  # (B, T, 1)
-        rate, token = (growth / size.clamp_min(torch.finfo(probe.dtype).tiny)).squeeze(-1).max(-1)
+    def _of_tokens(self, problem: Problem, probe: Tensor, moved: Tensor, strength: float,
+                   step: float) -> tuple[dict[str, Tensor], float, float]:
+        """The penalty's gradient, value and cost, r being the largest rate of each sample's tokens."""
+        rate, token = _growth(probe, moved).max(-1)
         excess = (rate - self.target).relu()
-        value, above = self.strength * excess.square().mean().item(), excess > 0
+        value, above = strength * excess.square().mean().item(), excess > 0
         if not above.any():
-            return rate, {}, value, 0.0
-        at = above.nonzero().squeeze(1), token[above]
-        slope = 2 * self.strength * step * excess[above].unsqueeze(1) / len(excess)  # of the penalty in <u, J_tt v>
-        grads, cost = _locally(problem, above, token[above], slope * moved[at] / growth[at], probe[at] / size[at])
-        return rate, grads, value, cost
+            return {}, value, 0.0
+        at, own = above.nonzero().squeeze(1), token[above]
+        slope = 2 * strength * step * excess[above].unsqueeze(1) / len(excess)  # of the penalty in <u, J_tt v>
+        u, v = moved[at, own], probe[at, own]
+        grads, cost = _locally(problem, above, own, slope * u / u.norm(dim=-1, keepdim=True), v / v.norm(dim=-1, keepdim=True))
+        return grads, value, cost
+
+
+def _growth(probe: Tensor, moved: Tensor) -> Tensor:
+    """How much longer every token's probe became, (B, T); 0 for a probe of zero."""
+    return moved.norm(dim=-1) / probe.norm(dim=-1).clamp_min(torch.finfo(probe.dtype).tiny)
 
 
 def _locally(problem: Problem, above: Tensor, token: Tensor, u: Tensor, v: Tensor) -> tuple[dict[str, Tensor], float]:
