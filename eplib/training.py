@@ -156,7 +156,7 @@ class Trainer:
         total, size, kept = clipped(task, penalties, self.config.optimiser)
         beside = _size(penalties)
         updated = bool(total) and math.isfinite(size) and math.isfinite(beside)
-        if self.config.optimiser.clipping == "apart":
+        if penalties and self.config.optimiser.clipping == "apart":  # a penalty that asks for nothing was not cut
             self.state |= {f"penalty{index}.{KEPT}": torch.tensor(kept) for index in range(1, 1 + len(self.config.penalties))}
         row: dict[str, Value] = {"gradient_norm": size, "penalty_norm": beside, "penalty_kept": kept, "lr": rate,
                                  "skipped": int(not updated), "task_gradient": int(bool(task) and updated)}
