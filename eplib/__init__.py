@@ -11,9 +11,8 @@ __all__ = ["gradient", "ep_loss", "__version__"]
 
 _LAZY = {"gradient": "estimators", "ep_loss": "autograd"}
 _MODULES = ("autograd", "blocks", "calculus", "checking", "controllers", "data", "diagnostics", "energies",
-            "estimators",
-            "evaluation", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles", "runconfig",
-            "settings", "solvers", "spectra", "starts", "store", "tasks", "training")
+            "estimators", "evaluation", "families", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles",
+            "runconfig", "settings", "solvers", "spectra", "starts", "store", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:

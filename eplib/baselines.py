@@ -1,24 +1,22 @@
 """Gradients at a settled free phase that are no equilibrium propagation: what it is compared with there."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .config import configuration
-from .contrast import FORCE, PRODUCT, Adjoint, Problem, Steps, Uses
+from .contrast import FORCE, PRODUCT, Adjoint, Estimator, Problem, Steps
 from .solvers import Solver, norm
 
 
 @configuration
-class Implicit(Uses):
+class Implicit(Estimator):
     """Implicit differentiation: solves J^T a = -g with any solver, J^T by autograd (Bai et al. 2019).
 
     `nudged=solvers.Anderson()` makes it GMRES-like. Independent of the hand-written linearisation, so it checks it.
     """
 
-    kind: Literal["Implicit"] = "Implicit"
     steps: Steps | None = None
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
@@ -34,11 +32,10 @@ class Implicit(Uses):
 
 
 @configuration
-class OneStep(Uses):
+class OneStep(Estimator):
     """One-step gradient: J^-T taken as -1, a = g; backpropagation through the last application of the block only (Fung et al.
     2022)."""
 
-    kind: Literal["OneStep"] = "OneStep"
     second_phase = False
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
@@ -46,14 +43,13 @@ class OneStep(Uses):
 
 
 @configuration
-class FeedbackAlignment(Uses):
+class FeedbackAlignment(Estimator):
     """Direct feedback alignment: a = e R, the error e = dl/dlogits through a fixed random matrix (Nokland 2016).
 
     R, one for each layer of the state, has entries of variance 1 / C, is drawn from seed 0 at the first call and carried in the
     report's state.
     """
 
-    kind: Literal["FeedbackAlignment"] = "FeedbackAlignment"
     second_phase = False
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:

@@ -22,7 +22,7 @@ trajectories run as one batch.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -50,6 +50,7 @@ from .calculus import (
     standardise_slope,
 )
 from .config import configuration
+from .families import Family
 from .intact import alteration
 
 GELU_STEEPEST = 1.129  # largest slope of tanh-GELU, 1.12897 near h = 1.42
@@ -359,15 +360,28 @@ Positive = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(gt=0)]
 
 
+class Block(Family):
+    """Configuration of a block."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def causal(self) -> bool:
+            """Whether a token's force depends on those before it only: for text."""
+
+    def build(self, width: int, heads: int, context: int) -> Dynamical:
+        """The module for states (..., T <= context, width)."""
+        raise NotImplementedError
+
+
 @configuration
-class Thick:
+class Thick(Block):
     """Equilibrium block with full multi-head attention and a 4x network (002, section "thick"; F in DESIGN).
 
     damping: c >= 0. causal: True for language, False for images. qk_norm: q and k divided by their root mean square per head.
     init: scale of the two output weights at initialisation, in units of 1/sqrt(fan-in).
     """
 
-    kind: Literal["Thick"] = "Thick"
     damping: Damping = 0.0
     causal: bool = True
     qk_norm: bool = False
@@ -380,7 +394,7 @@ class Thick:
 
 
 @configuration
-class _Stack:
+class _Stack(Block):
     layers: Positive = 1
     causal: bool = True
     qk_norm: bool = False
@@ -395,7 +409,6 @@ class _Stack:
 class Feedforward(_Stack):
     """Ordinary pre-LN transformer (Vaswani 2017, pre-LN form) with the parameters of `Thick` in each of its layers."""
 
-    kind: Literal["Feedforward"] = "Feedforward"
 
     def build(self, width: int, heads: int, context: int) -> FeedforwardBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
@@ -406,7 +419,6 @@ class Feedforward(_Stack):
 class Layered(_Stack):
     """The same transformer, weight for weight, as one equilibrium state (..., layers, T, width)."""
 
-    kind: Literal["Layered"] = "Layered"
 
     def build(self, width: int, heads: int, context: int) -> LayeredBlock:
         """The module for states (..., layers, T <= context, width). Raises `ShapeError` if heads do not divide the width."""
@@ -417,7 +429,6 @@ class Layered(_Stack):
 class Attractor(_Stack):
     """Feedforward backbone of `layers` layers, and a `Thick` head that refines its output to a fixed point (004)."""
 
-    kind: Literal["Attractor"] = "Attractor"
     damping: Damping = 0.0
 
     def build(self, width: int, heads: int, context: int) -> AttractorBlock:
@@ -427,10 +438,9 @@ class Attractor(_Stack):
 
 
 @configuration
-class Thin:
+class Thin(Block):
     """Raw attention force with a modern-Hopfield memory, which needs its damping (002, "thin")."""
 
-    kind: Literal["Thin"] = "Thin"
     damping: Damping = 1.0
     causal: bool = True
     expansion: Positive = 4
@@ -442,10 +452,9 @@ class Thin:
 
 
 @configuration
-class Energy:
+class Energy(Block):
     """Gradient dynamics: log-sum-exp attention with tied value, confinement and memory (002, CET)."""
 
-    kind: Literal["Energy"] = "Energy"
     damping: Damping = 0.0
     causal: bool = True
     expansion: Positive = 4
@@ -457,13 +466,12 @@ class Energy:
 
 
 @configuration
-class LinearAttention:
+class LinearAttention(Block):
     """The MNIST reference (001): linear attention over all tokens; symmetric: derived from an energy, else with free weights.
 
     The symmetric form settles only near its initial weights: from init 0.1 relaxation ends in a cycle.
     """
 
-    kind: Literal["LinearAttention"] = "LinearAttention"
     symmetric: bool = False
     damping: Damping = 0.0
     causal: Literal[False] = False
@@ -478,10 +486,9 @@ class LinearAttention:
 
 
 @configuration
-class Monotone:
+class Monotone(Block):
     """Contraction by construction: eigenvalues of J within `bound` of -1."""
 
-    kind: Literal["Monotone"] = "Monotone"
     bound: Annotated[float, Field(gt=0, lt=1)] = 0.9
     causal: bool = True
     expansion: Positive = 4
@@ -489,7 +496,3 @@ class Monotone:
     def build(self, width: int, heads: int, context: int) -> MonotoneBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
         return MonotoneBlock(width, dividing(width, heads), self.expansion, self.causal, self.bound)
-
-
-Equilibrium = Thick | Layered | Attractor | Thin | Energy | LinearAttention | Monotone
-Block = Annotated[Equilibrium | Feedforward, Field(discriminator="kind")]

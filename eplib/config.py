@@ -6,13 +6,15 @@ string "1e-3" (what YAML makes of a number without a dot) is refused instead of 
 """
 
 import json
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from .families import Family
 
 T = TypeVar("T")
 
@@ -38,20 +40,20 @@ def parse(kind: Any, values: dict, what: str) -> Any:
     except ValidationError as error:
         lines = [f"{what}: the configuration is not valid"]
         for item in error.errors(include_url=False):
-            # a location names the member of a union too (solver.Relaxation.step); the reader's keys are in lower case
-            where = ".".join(str(part) for part in item["loc"] if not str(part)[:1].isupper()) or "(whole)"
+            where = ".".join(map(str, item["loc"])) or "(whole)"
             lines.append(f"  {where}: {item['msg']}; got {item['input']!r}")
         raise ConfigurationError("\n".join(lines)) from None
 
 
 @cache  # a store asks for hundreds of runs
 def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind)
+    family = isinstance(kind, type) and issubclass(kind, Family)
+    return TypeAdapter(Annotated[Any, PlainValidator(kind.read)] if family else kind)
 
 
 def plain(configuration: Any) -> dict:
     """The configuration as JSON-compatible values, every default written out."""
-    return json.loads(json.dumps(asdict(configuration)))
+    return _written(configuration, whole=True)
 
 
 def sparse(configuration: Any) -> dict:
@@ -60,20 +62,19 @@ def sparse(configuration: Any) -> dict:
     A `kind` stays, and a list is there as a whole, each of its members sparse; so an option that is added with a default
     leaves what was configured without it, and its digest, as they were.
     """
-    found = {}
-    for field in fields(configuration):
-        value = getattr(configuration, field.name)
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.name == "kind" or default is MISSING or value != default:
-            found[field.name] = _sparse(value)
-    return found
+    return _written(configuration, whole=False)
 
 
-def _sparse(value: Any) -> Any:
+def _written(value: Any, whole: bool) -> Any:
     if is_dataclass(value):
-        return sparse(value)
+        found: dict[str, Any] = {"kind": value.kind} if isinstance(value, Family) and value.kind != value.default else {}
+        for field in fields(value):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if whole or default is MISSING or getattr(value, field.name) != default:
+                found[field.name] = _written(getattr(value, field.name), whole)
+        return found
     if isinstance(value, list | tuple):
-        return [_sparse(item) for item in value]
+        return [_written(item, whole) for item in value]
     return 0.0 if isinstance(value, float) and value == 0 else value  # one zero, as `==` knows one
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .calculus import uncompiled
+from .families import Family
 from .intact import bare, compiled
 from .models import EquilibriumModel
 from .solvers import Differences, Solution, Solver, Status, norm
@@ -192,8 +193,9 @@ Steps = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(gt=0)]
 
 
-class Uses:
-    """What an estimator uses of what `gradient` offers, said by its class: an estimator of your own overrides what differs.
+class Estimator(Family):
+    """How the gradient is found. What an estimator uses of what `gradient` offers is said by its class: one of your own
+    overrides what differs.
 
     equilibrium: it needs a settled free phase. second_phase: a solver solves a nudged or adjoint phase for it, in at most
     `steps`, which it then has. compiled: the compiled kernel computes something of it. explicit: it is for blocks whose start

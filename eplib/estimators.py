@@ -6,20 +6,23 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from .baselines import FeedbackAlignment, Implicit, OneStep
-from .contrast import BACKWARD, LINEARISATION, Problem
+from .contrast import BACKWARD, LINEARISATION, Estimator, Problem
 from .entry import check, first_state, refuse_start, second_phase
 from .horizons import BPTT, Backprop, ForwardMode, finite_horizon
 from .models import Backend, EquilibriumModel
 from .propagation import AsymEP, DyadicEP, FlippedCorrection, HolomorphicEP, ShuffledNudge, Tracking, VectorField
 from .solvers import FixedHorizon, Solution, Solver, Status, norm
 from .starts import LinearStart
+
+__all__ = ["BPTT", "AsymEP", "Backprop", "DyadicEP", "Estimator", "FeedbackAlignment", "FlippedCorrection", "ForwardMode",
+           "GradientError", "HolomorphicEP", "Implicit", "OneStep", "Report", "ShuffledNudge", "Tracking", "VectorField",
+           "asymmetry", "at_state", "gradient", "summed"]
 
 
 class GradientError(RuntimeError):
@@ -101,10 +104,6 @@ class Report:
                              "the report is of, with the same parameters frozen")
         for name, parameter in parameters.items():
             parameter.grad = total[name].clone() if name in total else None  # what clips in place leaves the report as it is
-
-
-Estimator = Annotated[VectorField | AsymEP | HolomorphicEP | Tracking | DyadicEP | Implicit | OneStep | FeedbackAlignment
-                      | ShuffledNudge | FlippedCorrection | BPTT | ForwardMode | Backprop, Field(discriminator="kind")]
 
 
 def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,

@@ -2,21 +2,21 @@
 with."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import configuration
-from .contrast import BACKWARD, FORCE, Problem, Steps, Uses
+from .contrast import BACKWARD, FORCE, Estimator, Problem, Steps
 from .models import Backend, EquilibriumModel
 from .solvers import Solution, Solver, Status, norm, relative_force
 
 Differentiated = tuple[float, dict[str, Tensor] | None, Tensor]  # loss, gradient (None if the loss is not finite), last state
 
 
-class FiniteHorizon(Uses):
+class FiniteHorizon(Estimator):
     """What these estimators share: no equilibrium, so no second phase, and plain steps of the solver's size from the block's
     own start."""
 
@@ -48,7 +48,6 @@ class BPTT(FiniteHorizon):
     truncates it to the last so many steps. Of the solver only its step counts, and its tol for the report's status.
     """
 
-    kind: Literal["BPTT"] = "BPTT"
     steps: Steps = 64
     window: Steps | None = None
 
@@ -104,7 +103,6 @@ class ForwardMode(FiniteHorizon):
     learning, Williams & Zipser 1989). Nothing is stored over time, but the cost grows with the number of parameters: small
     systems only."""
 
-    kind: Literal["ForwardMode"] = "ForwardMode"
     steps: Steps = 64
     compiled = False
 
@@ -145,7 +143,6 @@ class _Unrolled(nn.Module):
 class Backprop(FiniteHorizon):
     """Ordinary backpropagation, for a block that is not a dynamical system (`blocks.Feedforward`)."""
 
-    kind: Literal["Backprop"] = "Backprop"
     compiled = False
     explicit = True
 

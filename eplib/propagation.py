@@ -14,7 +14,7 @@ and the forward mode, which are there to be compared with.
 
 import math
 from dataclasses import fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -27,10 +27,10 @@ from .contrast import (
     PRODUCT,
     Adjoint,
     Beta,
+    Estimator,
     Nudging,
     Problem,
     Steps,
-    Uses,
     asymmetric,
     contrast,
     lanes,
@@ -42,10 +42,9 @@ CORRECTED = FORCE + 2 * PRODUCT  # a trajectory's step under F - (J - J^T)(z - z
 
 
 @configuration
-class VectorField(Uses):
+class VectorField(Estimator):
     """Plain EP on the vector field, uncorrected: a = -J^-1 g, exact only where J = J^T (Scellier & Bengio 2017)."""
 
-    kind: Literal["VectorField"] = "VectorField"
     beta: Beta = 0.2
     steps: Steps | None = None
     nudging: Nudging = "symmetric"
@@ -56,10 +55,9 @@ class VectorField(Uses):
 
 
 @configuration
-class AsymEP(Uses):
+class AsymEP(Estimator):
     """Corrected EP, the correction -(J - J^T)(z - z*) frozen at the free state (Scurria et al. 2026)."""
 
-    kind: Literal["AsymEP"] = "AsymEP"
     beta: Beta = 0.2
     steps: Steps | None = None
     nudging: Nudging = "symmetric"
@@ -73,7 +71,7 @@ class AsymEP(Uses):
 
 
 @configuration
-class HolomorphicEP(Uses):
+class HolomorphicEP(Estimator):
     """Corrected EP on `points` nudges r e^(2 pi i k / N): a = -Re (1 / N r) sum_k e^(-2 pi i k / N) (z_k - z*), the Cauchy
     integral for dz/dbeta, biased by O(r^N) (Laborieux & Zenke 2022; with the correction 002, section "Holomorphic EP").
 
@@ -83,7 +81,6 @@ class HolomorphicEP(Uses):
     N = 2 is symmetric nudging. Raises TypeError for a block without a complex extension.
     """
 
-    kind: Literal["HolomorphicEP"] = "HolomorphicEP"
     beta: Beta = 0.2
     points: Annotated[int, Field(ge=2, multiple_of=2)] = 4
     steps: Steps | None = None
@@ -115,7 +112,7 @@ class HolomorphicEP(Uses):
 
 
 @configuration
-class Tracking(Uses):
+class Tracking(Estimator):
     """Corrected EP re-linearised at the moving common mode m = (z_+ + z_-) / 2, both trajectories in lockstep (002).
 
     The correction is odd, +-(J(m) - J(m)^T) d with d = (z_+ - z_-) / 2, so it is computed once for the pair; there is no
@@ -124,7 +121,6 @@ class Tracking(Uses):
     phase fails, it is the one that is returned.
     """
 
-    kind: Literal["Tracking"] = "Tracking"
     beta: Beta = 0.2
     steps: Steps | None = None
     held: bool = False
@@ -143,7 +139,7 @@ class Tracking(Uses):
 
         linear = None
         if self.warm:
-            closer = replace(solver, tol=solver.tol / 2) if solver.tol else solver  # type: ignore[arg-type]  # others have tol = 0
+            closer = replace(solver, tol=solver.tol / 2) if solver.tol else solver  # type: ignore[type-var]
             linear = closer.adjoint(problem.jacobian, problem.slope, problem.scale)
             if not linear.status.usable:
                 return Adjoint(linear.value, linear, None, PRODUCT * linear.evaluations)
@@ -154,7 +150,7 @@ class Tracking(Uses):
 
 
 @configuration
-class DyadicEP(Uses):
+class DyadicEP(Estimator):
     """Dyadic EP: midpoint m' = F(m) and difference d' = J(m)^T d - beta g(m), a = -d / beta (Scurria et al. 2026).
 
     held: m stays at z*, which makes it the linear response of corrected EP: J^T a = -g is solved by one transposed product per
@@ -162,7 +158,6 @@ class DyadicEP(Uses):
     ...).
     """
 
-    kind: Literal["DyadicEP"] = "DyadicEP"
     beta: Beta | None = None
     steps: Steps | None = None
     held: bool = True
@@ -200,11 +195,10 @@ class DyadicEP(Uses):
 
 
 @configuration
-class ShuffledNudge(Uses):
+class ShuffledNudge(Estimator):
     """Negative control: the linear response to targets from half a batch away, a = -J^-T g'; the readout learns the right
     ones."""
 
-    kind: Literal["ShuffledNudge"] = "ShuffledNudge"
     steps: Steps | None = None
 
     rounds = True
@@ -229,10 +223,9 @@ class _SwappedProblem(Problem):
 
 
 @configuration
-class FlippedCorrection(Uses):
+class FlippedCorrection(Estimator):
     """Negative control: `AsymEP` whose correction has the wrong sign, +(J - J^T)(z - z*)."""
 
-    kind: Literal["FlippedCorrection"] = "FlippedCorrection"
     beta: Beta = 0.2
     steps: Steps | None = None
 

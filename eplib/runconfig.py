@@ -12,6 +12,7 @@ from .controllers import Penalty
 from .data import BPE_SHARE
 from .entry import second_phase
 from .estimators import Estimator
+from .families import Family
 from .solvers import Relaxation, Solver
 from .starts import LinearStart
 
@@ -19,20 +20,22 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class Task(Family):
+    """What a run learns."""
+
+
 @configuration
-class Mnist:
+class Mnist(Task):
     """MNIST in square patches; `limit` takes the first training images only, the test set is always whole."""
 
-    kind: Literal["Mnist"] = "Mnist"
     patch: Literal[4, 7, 14] = 7
     limit: Positive | None = None
 
 
 @configuration
-class Text:
+class Text(Task):
     """A corpus in tokens; the last `validation` share of it is the validation split."""
 
-    kind: Literal["Text"] = "Text"
     corpus: Literal["plays", "tinyshakespeare", "tinystories"]
     tokens: Literal["chars", "bpe1024", "bpe4096"] = "chars"
     validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
@@ -109,7 +112,7 @@ class RunConfig:
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     arm: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
-    data: Annotated[Mnist | Text, Field(discriminator="kind")]
+    data: Task
     model: Architecture
     estimator: Estimator
     solver: Solver = Relaxation()

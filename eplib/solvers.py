@@ -18,13 +18,14 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from .config import configuration
+from .families import Family
 
 GROWTH = 1e3  # a state or residual this many times its scale has diverged
 DAMPING = 0.75  # of the normal equations, as a power of the float spacing
@@ -119,7 +120,7 @@ class _Samples:
         return other
 
 
-class _Solver:
+class Solver(Family):
     """What the solvers share: the loop, per-sample stopping, and the detection of divergence."""
 
     in_kernel = False  # whether the compiled kernel has this solver's loop
@@ -128,9 +129,6 @@ class _Solver:
     coarse: float | None = None  # residual down to which a free or adjoint phase is iterated in bfloat16
 
     if TYPE_CHECKING:  # what a solver has as a field, or fixed
-
-        @property
-        def kind(self) -> str: ...
 
         @property
         def step(self) -> float: ...
@@ -250,13 +248,12 @@ class _Solver:
 
 
 @configuration
-class Relaxation(_Solver):
+class Relaxation(Solver):
     """Damped fixed-point iteration z <- z + step * F(z) (explicit Euler).
 
     step: Euler step. max_steps: most steps of a sample. tol: residual at which a sample stops and is frozen.
     """
 
-    kind: Literal["Relaxation"] = "Relaxation"
     step: Step = 0.5
     max_steps: Count = 64
     tol: Tolerance = 1e-4
@@ -265,7 +262,7 @@ class Relaxation(_Solver):
 
 
 @configuration
-class Anderson(_Solver):
+class Anderson(Solver):
     """Anderson acceleration of the same iteration, sample by sample (Walker & Ni 2011, type II).
 
     The next state combines the last `memory` differences so that the extrapolated force is smallest in norm; on a linear phase
@@ -273,7 +270,6 @@ class Anderson(_Solver):
     plain relaxation to the end. `Solution.fallbacks` counts them.
     """
 
-    kind: Literal["Anderson"] = "Anderson"
     step: Step = 0.7
     max_steps: Count = 64
     tol: Tolerance = 1e-4
@@ -298,18 +294,16 @@ class MixedPrecision(Anderson):
     kernel are refused. Contrasted trajectories, whose difference the rounding would drown, are never rounded.
     """
 
-    kind: Literal["MixedPrecision"] = "MixedPrecision"  # type: ignore[assignment]
     coarse: Annotated[float, Field(gt=0)] = 1e-2
 
     in_kernel = False
 
 
 @configuration
-class FixedHorizon(_Solver):
+class FixedHorizon(Solver):
     """Exactly `steps` Euler steps for every sample, no early stop; the last iterate, settled or not. Zero steps evaluate the
     start state, the solver removed."""
 
-    kind: Literal["FixedHorizon"] = "FixedHorizon"
     step: Step = 0.5
     steps: Annotated[int, Field(ge=0)] = 64
 
@@ -324,7 +318,7 @@ class FixedHorizon(_Solver):
 
 
 @configuration
-class Snapshot(_Solver):
+class Snapshot(Solver):
     """Euler through all `max_steps`, and the most settled iterate in hindsight (002, "adaptive T2 by hindsight snapshot
     selection").
 
@@ -332,7 +326,6 @@ class Snapshot(_Solver):
     sample that explodes later keeps its snapshot; one that never settled below its first residual has diverged.
     """
 
-    kind: Literal["Snapshot"] = "Snapshot"
     step: Step = 0.5
     max_steps: Count = 64
 
@@ -350,7 +343,6 @@ class Substitution(Anderson):
     whole sequence in PyTorch, where a chunk costs nearly as much as everything (E7).
     """
 
-    kind: Literal["Substitution"] = "Substitution"  # type: ignore[assignment]
     chunk: Count | None = None
 
     @torch.no_grad()
@@ -379,9 +371,6 @@ class Substitution(Anderson):
         return Solution(value, squares.sqrt() / norm(value), steps, torch.stack([part.rate for part in parts]).amax(0),
                         evaluations, max((part.status for part in parts), key=list(Status).index),
                         sum(part.fallbacks for part in parts))
-
-
-Solver = Annotated[Relaxation | Anderson | MixedPrecision | FixedHorizon | Snapshot | Substitution, Field(discriminator="kind")]
 
 
 def _flat(a: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from eplib.blocks import Block
 from eplib.config import ConfigurationError, configuration, digest, parse, plain, sparse
+from eplib.controllers import Penalty
+from eplib.estimators import Estimator
+from eplib.families import Family
+from eplib.runconfig import Task
+from eplib.solvers import Solver
 
 MODULES = ("blocks", "controllers", "estimators", "horizons", "solvers", "starts", "training")
 CLASSES = sorted({kind for module in MODULES for kind in vars(import_module(f"eplib.{module}")).values()
@@ -41,6 +47,8 @@ def values(kind: Any, bounds: dict[str, float] | None = None) -> st.SearchStrate
     if kind is float:
         low, high = bounds.get("ge", bounds.get("gt", -10.0)), bounds.get("le", bounds.get("lt", 10.0))
         return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
+    if kind in (Block, Estimator, Penalty, Solver, Task):
+        return st.sampled_from([found for found in CLASSES if issubclass(found, kind)]).flatmap(configured)
     return BARE[kind] if kind in BARE else configured(kind)
 
 
@@ -88,7 +96,7 @@ def test_a_configuration_comes_back_whole_from_all_it_says_and_from_what_is_no_d
     holds()
 
 
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if fields(kind)], ids=lambda kind: kind.__name__)
 def test_digests_are_equal_where_configurations_are(kind):
     hints = get_type_hints(kind, include_extras=True)
 
@@ -96,7 +104,7 @@ def test_digests_are_equal_where_configurations_are(kind):
     @given(st.data())
     def holds(data):
         made = data.draw(configured(kind))
-        name = data.draw(st.sampled_from([field.name for field in fields(kind)] or ["kind"]))
+        name = data.draw(st.sampled_from([field.name for field in fields(kind)]))
         other = changed(made, name, data.draw(values(hints[name])))
         assert (digest(sparse(made)) == digest(sparse(other))) == (made == other)
         assert digest(sparse(made)) == digest(sparse(parse(kind, plain(made), "again")))
@@ -109,30 +117,36 @@ def test_every_kind_of_configuration_is_among_those_generated():
     assert {"RunConfig", "Thick", "Anderson", "DyadicEP", "BPTT", "ContractionRate", "ResidualDriven", "LinearStart"} <= names
 
 
+class Part(Family):
+    """A family of this file's own."""
+
+
+@configuration
+class Inner(Part):
+    depth: int = 1
+
+
 @configuration
 class Old:
     rate: float = 0.5
-    inner: tuple["Inner", ...] = ()
+    inner: tuple[Part, ...] = ()
+
+
+class NewPart(Family):
+    """The same a version later."""
 
 
 @configuration
-class Inner:
-    kind: Literal["Inner"] = "Inner"
+class NewInner(NewPart):
     depth: int = 1
+    width: int = 4
 
 
 @configuration
 class New:
     rate: float = 0.5
-    inner: tuple["NewInner", ...] = ()
+    inner: tuple[NewPart, ...] = ()
     option: int | None = None
-
-
-@configuration
-class NewInner:
-    kind: Literal["Inner"] = "Inner"
-    depth: int = 1
-    width: int = 4
 
 
 def test_an_option_that_is_added_with_a_default_changes_no_digest():

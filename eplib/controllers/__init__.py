@@ -7,16 +7,10 @@ relaxation. Frozen weights get none. `Outcome` says what it cost in force evalua
 samples are looked at again depends on the samples: only those that have something to penalise.
 """
 
-from typing import Annotated
-
-from pydantic import Field
-
-from .base import KEPT, Outcome
+from .base import KEPT, Outcome, Penalty
 from .contraction import ContractionRate, Integral
 from .mode import LeadingMode
 from .norms import Homeostasis, JacobianNorm, ResidualDriven, ResidualPenalty
 
 __all__ = ["KEPT", "ContractionRate", "Homeostasis", "Integral", "JacobianNorm", "LeadingMode", "Outcome", "Penalty",
            "ResidualDriven", "ResidualPenalty"]
-
-Penalty = Annotated[ContractionRate | LeadingMode | JacobianNorm | ResidualPenalty | Homeostasis, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..contrast import BACKWARD, LINEARISATION, PRODUCT, Problem
+from ..families import Family
 from ..solvers import norm
 
 Strength = Annotated[float, Field(ge=0)]
@@ -24,6 +25,14 @@ class Outcome:
     grads: dict[str, Tensor]
     measured: dict[str, float]
     evaluations: int
+
+
+class Penalty(Family):
+    """What is added to the loss for the dynamics' sake."""
+
+    def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
+        """The penalty at a free state. step: the solver's. carried: tensors of its own from call to call."""
+        raise NotImplementedError
 
 
 def gradient(problem: Problem, cost: float, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import configuration
 from ..contrast import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
 from ..solvers import norm
-from .base import KEPT, Outcome, Products, Strength, compressed, counted, leading, of_samples, unit
+from .base import KEPT, Outcome, Penalty, Products, Strength, compressed, counted, leading, of_samples, unit
 
 SURGE = 10.0  # how much more than the allowed share above the target counts
 
@@ -47,7 +47,7 @@ class Integral:
 
 
 @configuration
-class ContractionRate:
+class ContractionRate(Penalty):
     """Penalty strength * mean_b relu(r_b - target)^2 on the contraction rate r_b of the discrete map z -> z + step F(z).
 
     step: the solver's by default. A smaller one than the solver's asks less of the left edge of the spectrum, which an
@@ -66,7 +66,6 @@ class ContractionRate:
     `rate_above` is above the target; the strength is `rate_coefficient`); None keeps it.
     """
 
-    kind: Literal["ContractionRate"] = "ContractionRate"
     target: Annotated[float, Field(gt=0, lt=1)] = 0.85
     strength: Strength = 200.0
     products: Products = 2

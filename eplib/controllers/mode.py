@@ -1,7 +1,7 @@
 """The leading mode of continuous time."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -9,18 +9,17 @@ from torch import Tensor
 
 from ..config import configuration
 from ..contrast import FORCE, PRODUCT, Problem
-from .base import Outcome, Products, Strength, compressed, leading, of_samples
+from .base import Outcome, Penalty, Products, Strength, compressed, leading, of_samples
 
 
 @configuration
-class LeadingMode:
+class LeadingMode(Penalty):
     """Penalty strength * mean_b relu(alpha_b + margin)^2 on the leading mode of continuous time: alpha_b is the largest real
     part of the eigenvalues of J on the span of the last two iterates of a power iteration by I + step J.
 
     step: of that iteration; the smaller, the more it prefers the rightmost mode to one that a larger step would overshoot.
     """
 
-    kind: Literal["LeadingMode"] = "LeadingMode"
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.3
     strength: Strength = 50.0
     step: Annotated[float, Field(gt=0, le=1)] = 0.3

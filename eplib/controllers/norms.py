@@ -1,7 +1,7 @@
 """Norms of the Jacobian and of the force along random directions or at the state itself."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import configuration
 from ..contrast import FORCE, LINEARISATION, PRODUCT, Problem
 from ..solvers import norm
-from .base import Outcome, Strength, draw, gradient
+from .base import Outcome, Penalty, Strength, draw, gradient
 
 
 def _graph(problem: Problem) -> Any:
@@ -48,13 +48,12 @@ class ResidualDriven:
 
 
 @configuration
-class JacobianNorm:
+class JacobianNorm(Penalty):
     """Penalty strength * mean_b ||J_f v_b||^2 on a random direction v_b of norm 1, J_f = J + (1 + c) I the derivative of Attn +
     FFN: Hutchinson's estimate of ||J_f||_F^2 over the number of units (Bai et al. 2021). driven: how the strength follows
     the residual; None keeps it.
     """
 
-    kind: Literal["JacobianNorm"] = "JacobianNorm"
     strength: Strength = 3.0
     driven: ResidualDriven | None = None
 
@@ -70,11 +69,10 @@ class JacobianNorm:
 
 
 @configuration
-class ResidualPenalty:
+class ResidualPenalty(Penalty):
     """Penalty strength * mean_b (||F(z_b)|| / ||z_b||)^2 at the state that the free phase reached and that is evaluated: it
     acts where the phase has not settled and is silent where it has (002)."""
 
-    kind: Literal["ResidualPenalty"] = "ResidualPenalty"
     strength: Strength = 100.0
 
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
@@ -85,11 +83,10 @@ class ResidualPenalty:
 
 
 @configuration
-class Homeostasis:
+class Homeostasis(Penalty):
     """Jacobian homeostasis: penalty strength * mean_b ||(J - J^T) v_b||^2 on a random direction of norm 1, an estimate of
     ||J - J^T||_F^2 over the number of units (Laborieux & Zenke 2023). It makes J symmetric, not contracting."""
 
-    kind: Literal["Homeostasis"] = "Homeostasis"
     strength: Strength = 1.0
 
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:

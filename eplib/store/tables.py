@@ -7,6 +7,7 @@ not imply stays unknown.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def force_evaluations(run: Run) -> np.ndarray | None:
     place. An audited step, whose entry held the audit as well, counts as the one before it. None for penalties whose own count
     depends on how many samples they acted on, which the log does not say.
     """
-    log, config, estimator = run.log, run.config, run.config.estimator
+    log, config, estimator = run.log, run.config, cast(Any, run.config.estimator)
     if of_today(run):
         return log["force_evaluations"]
     if any(penalty.kind not in ("ContractionRate", "JacobianNorm", "ResidualPenalty") or getattr(penalty, "probes", 1) > 1

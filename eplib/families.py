@@ -1,0 +1,80 @@
+"""Families: configurations that are chosen by their `kind`, ours and your own alike."""
+
+import json
+from importlib import import_module
+from typing import Any, ClassVar, TypeVar, cast
+
+from pydantic import GetCoreSchemaHandler, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+T = TypeVar("T", bound="Family")
+
+
+class Family:
+    """Base of the families. A direct subclass is a family; every `@configuration` below that is a member, in whatever file.
+
+    `kind` names a member where a configuration is read or written: by its class name if it is eplib's, else as
+    "package.module:Class", which is imported when it is read. The bare name will do for a class that has been imported.
+    default: name of the member that is meant where `kind` is left out, which it then always is.
+    """
+
+    kind: ClassVar[str]
+    default: ClassVar[str | None]
+    members: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, default: str | None = None, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if Family in cls.__bases__:
+            cls.default, cls.members = default, {}
+        else:
+            ours = cls.__module__.split(".")[0] == __package__
+            cls.kind = cls.__name__ if ours else f"{cls.__module__}:{cls.__qualname__}"
+            cls.members[cls.kind] = cls  # a class that a notebook's cell defines again replaces the one before
+
+    @classmethod
+    def find(cls: type[T], kind: str) -> type[T]:
+        """The member of that name. Raises ValueError with the names there are."""
+        module, _, name = kind.rpartition(":")
+        if module:
+            try:
+                import_module(module)
+            except ImportError as error:
+                raise ValueError(f"{kind!r} cannot be imported ({error}); the folder of {module.split('.')[0]}.py is to be the "
+                                 "current one, or on PYTHONPATH") from error
+        usable = {key: found for key, found in cls.members.items()
+                  if "__pydantic_validator__" in vars(found) and not found.__name__.startswith("_")}
+        found = [member for key, member in usable.items() if key == kind or (not module and key.endswith(f":{name}"))]
+        if len(found) > 1:
+            raise ValueError(f"there are several {name}, say which: {', '.join(sorted(one.kind for one in found))}")
+        if not found:
+            raise ValueError(f"{kind!r} is not one of {', '.join(sorted(usable))}; your own is package.module:Class, a "
+                             f"@configuration that is a {cls.__name__}")
+        return found[0]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        if "__dataclass_fields__" in vars(cls):
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(cls.read)
+
+    @classmethod
+    def read(cls: type[T], value: Any) -> T:
+        """A member from a mapping as YAML or JSON has it, or as it is. Raises ValueError (pydantic's) with each key that is
+        wrong."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):  # as YAML and JSON have it
+            raise PydanticCustomError("family", "give a {family}, a mapping with its kind", {"family": cls.__name__})
+        kind = value.get("kind", getattr(cls, "kind", cls.default))
+        try:
+            if not isinstance(kind, str):
+                raise ValueError("say which kind it is" if kind is None else "kind is to be a name")
+            member = cls.find(kind)
+            if not issubclass(member, cls):
+                raise ValueError(f"{kind} is not a {cls.__name__}")
+        except ValueError as error:
+            wrong = PydanticCustomError("kind", "{said}", {"said": str(error)})
+            raise ValidationError.from_exception_data(cls.__name__, [
+                InitErrorDetails(type=wrong, loc=("kind",), input=kind)]) from error
+        rest = {key: one for key, one in value.items() if key != "kind"}
+        return cast(Any, member).__pydantic_validator__.validate_json(json.dumps(rest))
