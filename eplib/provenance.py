@@ -15,7 +15,7 @@ import torch
 SOURCE = ("baselines", "blocks", "calculus", "config", "contrast", "controllers/__init__", "controllers/base",
           "controllers/contraction", "controllers/mode", "controllers/norms", "data", "diagnostics", "entry", "estimators",
           "evaluation", "families", "files", "horizons", "intact", "kernels/__init__", "log", "models", "propagation",
-          "runconfig", "solvers", "spectra", "starts", "tasks", "training")
+          "runconfig", "solvers", "spectra", "starts", "tasks", "training", "updates")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 
 

@@ -21,15 +21,15 @@ from torch import Tensor
 from .config import plain
 from .controllers import KEPT
 from .diagnostics import READOUT, agreement, without_readout
-from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient, summed
+from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient
 from .evaluation import EXCURSION, edges, evaluate, moved
 from .files import write_atomically
 from .kernels import available, knows
 from .log import Bar, Progress, Value, show_on_terminal
 from .models import Backend
 from .runconfig import Architecture, Mnist, Optimiser, RunConfig, Text
-from .solvers import Solver
 from .tasks import ImageTask, TextTask, build_model, build_task
+from .updates import clipped, follow, gates, phases
 
 __all__ = ["EXCURSION", "Architecture", "ImageTask", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text",
            "TextTask", "Trainer", "build_model", "build_task", "evaluate", "fastest_backend", "show_on_terminal"]
@@ -119,8 +119,8 @@ class Trainer:
         report = gradient(self.model, inputs, targets, estimator=estimator, solver=config.solver, nudged=config.nudged,
                           penalties=config.penalties, state=self.state, start=config.start, backend=self.backend)
         self.state = report.state
-        gated, gated_nudged = self._gates(report)
-        row: dict[str, Value] = {"step": step + 1, "loss": report.loss} | _phases(report, config.solver, config.second) | {
+        gated, gated_nudged = gates(report, config.gate, config.second)
+        row: dict[str, Value] = {"step": step + 1, "loss": report.loss} | phases(report, config.solver, config.second) | {
             "beta": getattr(estimator, "beta", None) or math.nan,
             "asymmetry": self._asymmetry(inputs, report) if self._evaluates(step + 1) else math.nan,
             "gated": int(gated), "gated_nudged": int(gated_nudged)}
@@ -129,46 +129,30 @@ class Trainer:
             audit = self._audit(inputs, targets, estimator, report)
         task = report.grads if math.isfinite(report.loss) and not gated and not gated_nudged else None
         rate = config.optimiser.rate(step, config.steps)
-        row |= self._update(task or {}, report.penalty_grads, rate) | audit
+        row |= self._apply(task or {}, report.penalty_grads, rate) | audit
         if self.average is not self.model:
-            # the average forgets its start: early in training it follows the weights closely
-            decay = min(config.optimiser.ema, (1 + step) / (10 + step))
-            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(value.detach(), 1 - decay)
+            follow(self.average, self.model, min(config.optimiser.ema, (1 + step) / (10 + step)))
         if taken := sorted(row.keys() & report.measured.keys()):
             raise ValueError(f"the estimator or a penalty measures {', '.join(taken)}, a column of the log already; rename it")
         self.progress.step += 1
         self.progress.rows.append(dict.fromkeys(ALWAYS, math.nan) | row | dict(report.measured))
 
-    def _gates(self, report: Report) -> tuple[bool, bool]:
-        """Whether the free and the nudged phase ended too far from settled for the task's gradient to be applied. The nudged
-        phase's bound is its own tolerance where that is above the gate: a phase that met its tolerance is never gated."""
-        gate, free, nudged = self.config.gate, report.free, report.nudged
-        if gate is None:
-            return False, False
-        bound = max(gate, self.config.second.tol)
-        return not free.residual.max() <= gate, nudged is not None and not nudged.residual.max() <= bound
-
-    def _update(self, task: dict[str, Tensor], penalties: dict[str, Tensor], rate: float) -> dict[str, Value]:
+    def _apply(self, task: dict[str, Tensor], penalties: dict[str, Tensor], rate: float) -> dict[str, Value]:
         """One step of the optimiser along both gradients, clipped, and what the log says of it. Without any gradient, or with
         one that is not finite, weights and moments stay as they are. A parameter that has no gradient, frozen or outside of
         what a penalty reaches, neither moves nor decays."""
-        total, size, kept = clipped(task, penalties, self.config.optimiser)
-        beside = _size(penalties)
-        updated = bool(total) and math.isfinite(size) and math.isfinite(beside)
+        cut = clipped(task, penalties, self.config.optimiser)
         if penalties and self.config.optimiser.clipping == "apart":  # a penalty that asks for nothing was not cut
-            self.state |= {f"penalty{index}.{KEPT}": torch.tensor(kept) for index in range(1, 1 + len(self.config.penalties))}
-        row: dict[str, Value] = {"gradient_norm": size, "penalty_norm": beside, "penalty_kept": kept, "lr": rate,
-                                 "skipped": int(not updated), "task_gradient": int(bool(task) and updated)}
-        if not updated:
-            return row
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = total.get(name)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        return row
+            self.state |= {f"penalty{i}.{KEPT}": torch.tensor(cut.kept) for i in range(1, 1 + len(self.config.penalties))}
+        if cut.usable:
+            for name, parameter in self.model.named_parameters():
+                parameter.grad = cut.gradient.get(name)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        return {"gradient_norm": cut.norm, "penalty_norm": cut.penalty_norm, "penalty_kept": cut.kept, "lr": rate,
+                "skipped": int(not cut.usable), "task_gradient": int(bool(task) and cut.usable)}
 
     def _asymmetry(self, inputs: Tensor, report: Report) -> float:
         if report.grads is None or report.adjoint is None:
@@ -236,37 +220,3 @@ class Trainer:
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": slots})
         self.state = parts["state"]
         self.progress = Progress.restored(parts, json.loads(header["progress"]))
-
-
-def clipped(task: dict[str, Tensor], penalties: dict[str, Tensor],
-            rule: Optimiser) -> tuple[dict[str, Tensor], float, float]:
-    """The gradient of an update, {parameter name: tensor}; the norm that was held against the clip, of both together or of the
-    task's alone where the two are clipped apart; and the share of the penalties' gradient that was left."""
-    if rule.clipping == "together":
-        total = summed(task, penalties)
-        size = _size(total)
-        kept = min(1.0, rule.clip / (size + 1e-12))
-        return {name: value * kept for name, value in total.items()}, size, kept
-    size = _size(task)
-    scale = min(1.0, rule.clip / (size + 1e-12))
-    kept = min(1.0, (scale * size if task else rule.clip) / (_size(penalties) + 1e-12))
-    return summed(*({name: value * share for name, value in part.items()}
-                    for part, share in ((task, scale), (penalties, kept)))), size, kept
-
-
-def _size(grads: dict[str, Tensor]) -> float:
-    return torch.stack([value.norm() for value in grads.values()]).norm().item() if grads else 0.0
-
-
-def _phases(report: Report, solver: Solver, second: Solver) -> dict[str, Value]:
-    """What the log says of a step's free phase and of its nudged one, where there is one."""
-    free, nudged = report.free, report.nudged
-    away = nudged.residual if nudged else torch.full((1,), torch.nan)
-    return {"free_residual_median": free.residual.median().item(), "free_residual_max": free.residual.max().item(),
-            "nudged_residual_median": away.median().item(), "nudged_residual_max": away.max().item(),
-            "free_unsettled": (~(free.residual <= solver.tol)).double().mean().item(),
-            "nudged_unsettled": (~(away <= second.tol)).double().mean().item() if nudged else math.nan,
-            "iterations_mean": free.steps.double().mean().item(), "iterations_max": int(free.steps.max()),
-            "nudged_iterations_max": int(nudged.steps.max()) if nudged else 0,
-            "rate_tail": max(free.rate[free.rate.isfinite()].tolist(), default=math.nan),
-            "fallbacks": free.fallbacks + (nudged.fallbacks if nudged else 0), "status": report.status.value}

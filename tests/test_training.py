@@ -39,10 +39,10 @@ from eplib.training import (
     Trainer,
     build_model,
     build_task,
-    clipped,
     evaluate,
     fastest_backend,
 )
+from eplib.updates import clipped
 from pipelines import data as preparing
 
 REAL_MNIST = eplib.data.mnist
@@ -452,18 +452,23 @@ def test_loss_and_penalty_gradients_are_added(root, tmp_path, monkeypatch):
 def test_clipped_apart_the_penalties_weigh_no_more_than_the_task():
     apart, together = Optimiser(clip=2.0, clipping="apart"), Optimiser(clip=2.0)
     task, penalty = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}, {"a": torch.tensor([0.0, 10.0])}
-    total, size, kept = clipped(task, penalty, apart)
-    assert size == pytest.approx(5.0) and kept == pytest.approx(0.2)  # the task's norm is 2 after the clip, so is the penalty's
-    assert torch.allclose(total["a"], torch.tensor([1.2, 2.0])) and torch.allclose(total["b"], torch.tensor([1.6]))
-    weak, _, kept = clipped({"a": torch.tensor([0.5, 0.0])}, penalty, apart)
-    assert torch.allclose(weak["a"], torch.tensor([0.5, 0.5])) and kept == pytest.approx(0.05)
-    alone, size, kept = clipped({}, penalty, apart)  # a step without a gradient of the task
-    assert torch.allclose(alone["a"], torch.tensor([0.0, 2.0])) and size == 0 and kept == pytest.approx(0.2)
-    small, _, kept = clipped(task, {"a": torch.tensor([0.0, 1.0])}, apart)
-    assert torch.allclose(small["a"], torch.tensor([1.2, 1.0])) and kept == 1
-    both, size, kept = clipped(task, penalty, together)
-    assert size == pytest.approx(125**0.5) and kept == pytest.approx(2 / 125**0.5)
-    assert torch.allclose(both["a"], torch.tensor([3.0, 10.0]) * kept) and clipped({}, {}, apart)[0] == {}
+    cut = clipped(task, penalty, apart)
+    assert (cut.norm, cut.penalty_norm, cut.kept) == pytest.approx((5.0, 10.0, 0.2))  # the task's norm is 2 after its clip
+    assert torch.allclose(cut.gradient["a"], torch.tensor([1.2, 2.0])) and torch.allclose(cut.gradient["b"], torch.tensor(1.6))
+    weak = clipped({"a": torch.tensor([0.5, 0.0])}, penalty, apart)
+    assert torch.allclose(weak.gradient["a"], torch.tensor([0.5, 0.5])) and weak.kept == pytest.approx(0.05)
+    alone = clipped({}, penalty, apart)  # a step without a gradient of the task
+    assert torch.allclose(alone.gradient["a"], torch.tensor([0.0, 2.0])) and (alone.norm, alone.kept) == pytest.approx((0, 0.2))
+    small = clipped(task, {"a": torch.tensor([0.0, 1.0])}, apart)
+    assert torch.allclose(small.gradient["a"], torch.tensor([1.2, 1.0])) and small.kept == 1
+    both = clipped(task, penalty, together)
+    assert (both.norm, both.kept) == pytest.approx((125**0.5, 2 / 125**0.5))
+    assert torch.allclose(both.gradient["a"], torch.tensor([3.0, 10.0]) * both.kept)
+    for rule in (apart, together):
+        assert not clipped({}, {}, rule).usable
+        for broken in (math.nan, math.inf):
+            assert not clipped(task, {"a": torch.tensor([0.0, broken])}, rule).usable
+            assert not clipped({"a": torch.tensor([0.0, broken])}, penalty, rule).usable
 
 
 def test_the_trainer_tells_a_penalty_what_its_clip_left(root, tmp_path):
