@@ -14,8 +14,9 @@ import torch
 
 SOURCE = ("baselines", "blocks", "calculus", "config", "contrast", "controllers/__init__", "controllers/base",
           "controllers/contraction", "controllers/mode", "controllers/norms", "data", "diagnostics", "entry", "estimators",
-          "evaluation", "families", "files", "horizons", "intact", "kernels/__init__", "log", "models", "propagation",
-          "runconfig", "solvers", "spectra", "starts", "tasks", "training", "updates")
+          "evaluation", "families", "files", "horizons", "intact", "kernels/__init__", "log", "models/__init__", "models/base",
+          "propagation", "runconfig", "solvers", "spectra", "starts", "tasks/__init__", "tasks/base", "training",
+          "updates")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 
 

@@ -277,7 +277,7 @@ def test_of_the_k_likeliest_tokens_each_is_drawn_in_its_share_and_no_other():
     """Against softmax(logits / temperature) over the k largest, normed to one by hand; of equal logits no more than k stay."""
     values, generator, count = [0.3, 2.0, -1.0, 1.2, 1.2, 0.9, -4.0], torch.Generator().manual_seed(0), 2000
     for k in (1, 2, 5, 7):
-        drawn = torch.cat([models._chosen(torch.tensor(values), 0.7, k, generator) for _ in range(count)])
+        drawn = torch.cat([models.base._chosen(torch.tensor(values), 0.7, k, generator) for _ in range(count)])
         likeliest = sorted(values, reverse=True)[:k]
         weights = torch.tensor([math.exp(value / 0.7) for value in likeliest])
         shares = torch.tensor([(torch.tensor(values)[drawn] == value).double().mean() / likeliest.count(value)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data as corpora
-from .models import Classifier, EquilibriumModel, LanguageModel
-from .runconfig import Mnist, RunConfig, Text
+from .. import data as corpora
+from ..models import Classifier, EquilibriumModel, LanguageModel
+from ..runconfig import Mnist, RunConfig, Text
 
 
 class ImageTask:

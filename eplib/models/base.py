@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .blocks import Block, Dynamical, EquilibriumBlock
-from .calculus import EPS, linear, normalise
-from .intact import refuse_hooked_wrapper
-from .solvers import Solution, Solver, Status
+from ..blocks import Block, Dynamical, EquilibriumBlock
+from ..calculus import EPS, linear, normalise
+from ..intact import refuse_hooked_wrapper
+from ..solvers import Solution, Solver, Status
 
 if TYPE_CHECKING:
-    from .kernels import CompiledBlock
+    from ..kernels import CompiledBlock
 
 Backend = Literal["torch", "compiled"]
 IGNORED = -100  # a target that does not count, PyTorch's own default
@@ -120,7 +120,7 @@ class EquilibriumModel(nn.Module):
             return self.block
         if backend != "compiled":
             raise ValueError(f"backend {backend!r} is not one of torch, compiled")
-        from .kernels import CompiledBlock  # loads the library
+        from ..kernels import CompiledBlock  # loads the library
 
         return CompiledBlock(cast(EquilibriumBlock, self.block))  # which refuses any other
 
