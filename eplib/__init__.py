@@ -9,9 +9,9 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["gradient", "ep_loss", "__version__"]
 
-_LAZY = {"gradient": "estimators", "ep_loss": "autograd"}
-_MODULES = ("autograd", "blocks", "calculus", "checking", "controllers", "data", "diagnostics", "energies",
-            "estimators", "evaluation", "families", "gdu", "horizons", "kernels", "log", "models", "plotting", "profiles",
+_LAZY = {"gradient": "estimators", "ep_loss": "estimators"}
+_MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics", "energies",
+            "estimators", "evaluation", "families", "kernels", "log", "models", "plotting", "profiles",
             "runconfig", "settings", "solvers", "spectra", "starts", "store", "tasks", "training")
 
 

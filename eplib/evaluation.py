@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import spectra
-from .contrast import Problem
 from .controllers import ContractionRate
+from .estimators import Problem
 from .models import Backend, EquilibriumModel
 from .solvers import Relaxation, Solver
 from .tasks import Task

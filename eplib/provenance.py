@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy
 import torch
 
-SOURCE = ("baselines", "blocks", "calculus", "config", "contrast", "controllers/__init__", "controllers/base",
-          "controllers/contraction", "controllers/mode", "controllers/norms", "data", "diagnostics", "entry", "estimators",
-          "evaluation", "families", "files", "horizons", "intact", "kernels/__init__", "log", "models/__init__", "models/base",
-          "propagation", "runconfig", "solvers", "spectra", "starts", "tasks/__init__", "tasks/base", "training",
-          "updates")
+SOURCE = ("blocks", "calculus", "config", "controllers/__init__", "controllers/base", "controllers/contraction",
+          "controllers/mode", "controllers/norms", "data", "diagnostics/__init__", "diagnostics/checking",
+          "diagnostics/gdu", "diagnostics/gradients", "estimators/__init__", "estimators/baselines", "estimators/calls",
+          "estimators/entry", "estimators/horizons", "estimators/loss", "estimators/nudged", "estimators/propagation",
+          "evaluation", "families", "files", "intact", "kernels/__init__", "log", "models/__init__", "models/base",
+          "runconfig", "solvers", "spectra", "starts", "tasks/__init__", "tasks/base", "training", "updates")
 KERNEL = Path(__file__).parent / "kernels" / "thick.cpp"
 
 

@@ -7,11 +7,9 @@ from pydantic import Field, model_validator
 
 from .blocks import Block, Feedforward, Layered
 from .config import configuration
-from .contrast import Beta
 from .controllers import Penalty
 from .data import BPE_SHARE
-from .entry import second_phase
-from .estimators import Estimator
+from .estimators import Beta, Estimator, second_phase
 from .families import Family
 from .solvers import Relaxation, Solver
 from .starts import LinearStart

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 import eplib
-from eplib import blocks, calculus, contrast, estimators, models
+from eplib import blocks, calculus, estimators, models
 from eplib.diagnostics import GROUPS, adjoint_gradient, agreement
 from eplib.solvers import Anderson, FixedHorizon, Relaxation, Status
 from systems import TIGHT, transformer
@@ -536,7 +536,7 @@ class Own(blocks.Dynamical):
 def test_a_derivative_that_loses_a_parameter_is_an_error_that_names_it(gives, says):
     model, inputs, targets = transformer()
     model.block = Own(16, gives)
-    with pytest.raises(contrast.DerivativeError, match=says):
+    with pytest.raises(estimators.DerivativeError, match=says):
         eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from eplib.blocks import Dynamical
 from eplib.calculus import AutomaticSlope
-from eplib.checking import check
+from eplib.diagnostics import check
 from eplib.models import EquilibriumModel
 from eplib.solvers import Relaxation
 

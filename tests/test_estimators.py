@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import eplib
-from eplib import blocks, calculus, contrast, controllers, estimators, models
+from eplib import blocks, calculus, controllers, estimators, models
 from eplib.blocks import Jacobian
 from eplib.controllers import Homeostasis
 from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
-from eplib.entry import second_phase
+from eplib.estimators.entry import second_phase
 from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status
 from eplib.starts import LinearStart
 from systems import TIGHT, linear_batch, linear_system, transformer
@@ -218,7 +218,7 @@ def test_conjugate_nudges_give_conjugate_states_and_aliasing_tells_the_radius():
     problem = estimators.Problem(model, inputs, targets, model.clamp(inputs).detach(), model.settle(inputs, TIGHT).value)
     nudges = 0.05 * torch.exp(2j * torch.pi * torch.arange(4, dtype=torch.float64) / 4)[None]
     with torch.no_grad():
-        states = contrast.contrast(problem, nudges, nudges.conj(), NUDGED, None, 1)[1]
+        states = estimators.contrast(problem, nudges, nudges.conj(), NUDGED, None, 1)[1]
     assert torch.allclose(states[:, 1], states[:, 3].conj(), atol=1e-10) and states[:, 1].imag.abs().max() > 1e-4
     aliasing = []
     for radius in (0.02, 0.04):

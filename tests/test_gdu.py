@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eplib import blocks, estimators, gdu, models
-from eplib.diagnostics import dense_jacobian
+from eplib import blocks, estimators, models
+from eplib.diagnostics import dense_jacobian, gdu
 from eplib.solvers import Relaxation
 from systems import linear_batch, linear_system, transformer
 

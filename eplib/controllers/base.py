@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contrast import BACKWARD, LINEARISATION, PRODUCT, Problem
+from ..estimators import BACKWARD, LINEARISATION, PRODUCT, Problem
 from ..families import Family
 from ..solvers import norm
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..config import configuration
-from ..contrast import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
+from ..estimators import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
 from ..solvers import norm
 from .base import KEPT, Outcome, Penalty, Products, Strength, compressed, counted, leading, of_samples, unit
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import configuration
-from ..contrast import FORCE, PRODUCT, Problem
+from ..estimators import FORCE, PRODUCT, Problem
 from .base import Outcome, Penalty, Products, Strength, compressed, leading, of_samples
 
 

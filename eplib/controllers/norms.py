@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..config import configuration
-from ..contrast import FORCE, LINEARISATION, PRODUCT, Problem
+from ..estimators import FORCE, LINEARISATION, PRODUCT, Problem
 from ..solvers import norm
 from .base import Outcome, Penalty, Strength, draw, gradient
 

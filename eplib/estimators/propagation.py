@@ -20,8 +20,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .config import configuration
-from .contrast import (
+from ..config import configuration
+from ..solvers import Solver, norm
+from .nudged import (
     FORCE,
     LINEARISATION,
     PRODUCT,
@@ -36,7 +37,6 @@ from .contrast import (
     lanes,
     real_points,
 )
-from .solvers import Solver, norm
 
 CORRECTED = FORCE + 2 * PRODUCT  # a trajectory's step under F - (J - J^T)(z - z*)
 

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..models import Backend, EquilibriumModel
+from ..solvers import FixedHorizon, Solution, Solver, Status, norm
+from ..starts import LinearStart
 from .baselines import FeedbackAlignment, Implicit, OneStep
-from .contrast import BACKWARD, LINEARISATION, Estimator, Problem
 from .entry import check, first_state, refuse_start, second_phase
 from .horizons import BPTT, Backprop, ForwardMode, finite_horizon
-from .models import Backend, EquilibriumModel
+from .nudged import BACKWARD, LINEARISATION, Estimator, Problem
 from .propagation import AsymEP, DyadicEP, FlippedCorrection, HolomorphicEP, ShuffledNudge, Tracking, VectorField
-from .solvers import FixedHorizon, Solution, Solver, Status, norm
-from .starts import LinearStart
 
 __all__ = ["BPTT", "AsymEP", "Backprop", "DyadicEP", "Estimator", "FeedbackAlignment", "FlippedCorrection", "ForwardMode",
            "GradientError", "HolomorphicEP", "Implicit", "OneStep", "Report", "ShuffledNudge", "Tracking", "VectorField",
@@ -40,8 +40,8 @@ class Report:
     loss: mean loss at the free state, in nats. grads: {parameter name: tensor}, the gradient of the mean loss, or None where
     something failed. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative to
     the nudge). penalty_grads: gradient of all penalties together, apart. measured: named scalars: `force_evaluations` (in the
-    unit of `contrast.FORCE`), `displacement`, and what the penalties saw: the sum of their values as `penalty`, each one's own
-    as "penalty.<its class>" where there are several; all names of the second, third .. of a class end in ".2", ".3". state:
+    unit of `estimators.FORCE`), `displacement`, and what the penalties saw: the sum of their values as `penalty`, each one's
+    own as "penalty.<its class>" where there are several; all names of the second, third .. of a class end in ".2", ".3". state:
     what must be handed to the next call, where "penalty<i>." leads what the i-th penalty carries. adjoint: the adjoint state
     (B, ...), or None.
     """

@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .calculus import uncompiled
-from .families import Family
-from .intact import bare, compiled
-from .models import EquilibriumModel
-from .solvers import Differences, Solution, Solver, Status, norm
+from ..calculus import uncompiled
+from ..families import Family
+from ..intact import bare, compiled
+from ..models import EquilibriumModel
+from ..solvers import Differences, Solution, Solver, Status, norm
 
 # Float spacings of z*, times sum |w_k|, below which the slope's own size is no unit for a contrast's residual: a force has a
 # round-off of about half a spacing, and a hundredth of the unit, shared by the trajectories, is to be within reach.

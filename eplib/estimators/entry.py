@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .calculus import twice_differentiable
-from .intact import bare, refuse_hooked_wrapper
-from .models import Backend, Classifier, EquilibriumModel, LanguageModel
-from .solvers import Solver, refuse_rounding
-from .starts import LinearStart
+from ..calculus import twice_differentiable
+from ..intact import bare, refuse_hooked_wrapper
+from ..models import Backend, Classifier, EquilibriumModel, LanguageModel
+from ..solvers import Solver, refuse_rounding
+from ..starts import LinearStart
 
 
 def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -> Solver | None:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .estimators import Estimator, Report, gradient
-from .models import Backend, EquilibriumModel
-from .solvers import Solver
-from .starts import LinearStart
+from ..models import Backend, EquilibriumModel
+from ..solvers import Solver
+from ..starts import LinearStart
+from .calls import Report, gradient
+from .nudged import Estimator
 
 
 class _Estimated(torch.autograd.Function):

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .diagnostics import agreement, without_readout
-from .estimators import BPTT, Estimator, gradient
-from .models import EquilibriumModel
-from .solvers import FixedHorizon, Relaxation
+from ..estimators import BPTT, Estimator, gradient
+from ..models import EquilibriumModel
+from ..solvers import FixedHorizon, Relaxation
+from .gradients import agreement, without_readout
 
 Gradients = list[dict[str, Tensor] | None]
 

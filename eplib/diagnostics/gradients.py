@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import spectra
-from .blocks import Dynamical, EquilibriumBlock, Jacobian
-from .calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
-from .estimators import BPTT, DyadicEP, Estimator, VectorField, asymmetry, gradient
-from .models import EquilibriumModel
-from .solvers import Anderson, Relaxation, Solver
+from .. import spectra
+from ..blocks import Dynamical, EquilibriumBlock, Jacobian
+from ..calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
+from ..estimators import BPTT, DyadicEP, Estimator, VectorField, asymmetry, gradient
+from ..models import EquilibriumModel
+from ..solvers import Anderson, Relaxation, Solver
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
 READOUT = ("norm", "readout")  # the parts of a model that the adjoint state does not enter

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calculus import AutomaticSlope
-from .diagnostics import agreement
-from .entry import refuse_lost_graph
-from .estimators import AsymEP, Implicit, gradient
-from .intact import bare
-from .solvers import Anderson, Relaxation, Solver, norm
+from ..calculus import AutomaticSlope
+from ..estimators import AsymEP, Implicit, gradient
+from ..estimators.entry import refuse_lost_graph
+from ..intact import bare
+from ..solvers import Anderson, Relaxation, Solver, norm
+from .gradients import agreement
 
 EXACT, NEAR = 1e-6, 1e-3  # relative errors above rounding, and above that of a difference quotient or of a small nudge
 MOVED = 1e-6  # a difference quotient's displacement, relative

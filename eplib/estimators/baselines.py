@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from .config import configuration
-from .contrast import FORCE, PRODUCT, Adjoint, Estimator, Problem, Steps
-from .solvers import Solver, norm
+from ..config import configuration
+from ..solvers import Solver, norm
+from .nudged import FORCE, PRODUCT, Adjoint, Estimator, Problem, Steps
 
 
 @configuration

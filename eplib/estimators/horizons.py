@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .config import configuration
-from .contrast import BACKWARD, FORCE, Estimator, Problem, Steps
-from .models import Backend, EquilibriumModel
-from .solvers import Solution, Solver, Status, norm, relative_force
+from ..config import configuration
+from ..models import Backend, EquilibriumModel
+from ..solvers import Solution, Solver, Status, norm, relative_force
+from .nudged import BACKWARD, FORCE, Estimator, Problem, Steps
 
 Differentiated = tuple[float, dict[str, Tensor] | None, Tensor]  # loss, gradient (None if the loss is not finite), last state
 
