@@ -108,3 +108,14 @@ def test_blocks_in_float32_are_measured_in_float64(block):
     found, truth = ends(model, torch.randint(0, 11, (2, 8)))
     assert found["abscissa"] == pytest.approx(truth.real.max().item(), abs=1e-4)
     assert found["abscissa_residual"] <= spectra.CONVERGED
+
+
+def test_a_causal_block_s_spectrum_is_that_of_its_tokens_and_no_krylov_space_is_grown_for_it(monkeypatch):
+    model, inputs, _ = transformer("language")
+    grown = []
+    rightmost = spectra.rightmost
+    monkeypatch.setattr(spectra, "rightmost", lambda *given: grown.append(given) or rightmost(*given))
+    ends(model, inputs)
+    assert not grown
+    ends(*transformer("image")[:2])
+    assert len(grown) == 1
