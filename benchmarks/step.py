@@ -38,9 +38,10 @@ from eplib.diagnostics import LiveBytes, agreement, without_readout
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
 from eplib.models import Backend, EquilibriumModel, LanguageModel
 from eplib.solvers import Anderson, MixedPrecision, Relaxation, Solver, Substitution, norm
+from eplib.sources import source_digest
 from eplib.spectra import contraction_rate
 from eplib.starts import LinearStart
-from eplib.store.records import ROOT, configurations, machine, source_digest
+from eplib.store.records import ROOT, configurations, machine
 from eplib.training import Mnist, RunConfig, Trainer, build_model, build_task
 
 Step = Callable[[Tensor, Tensor], Report | dict]
@@ -87,7 +88,7 @@ def run_config(size: str) -> RunConfig:
 def points(size: str) -> list[Point]:
     """The initial and the trained model of a size; training is resumed or skipped where it was done before."""
     config, batch = run_config(size), SIZES[size][2]
-    folder = ROOT / "checkpoints" / "bench" / source_digest() / f"{size}-{digest(plain(config))}"
+    folder = ROOT / "checkpoints" / "bench" / source_digest(config) / f"{size}-{digest(plain(config))}"
     trainer = Trainer(config, folder, ROOT / "data", backend=fastest())
     trainer.advance()
     return points_of(replace(config, batch=batch), deepcopy(trainer.average).requires_grad_())

@@ -17,12 +17,12 @@ import torch
 import yaml
 from scipy import stats
 
-from eplib import data, diagnostics, profiles, provenance
+from eplib import data, diagnostics, profiles
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
 from eplib.store import formats, records
 from eplib.store.records import Run, Store, configurations
 from eplib.training import Optimiser, OutOfTime, RunConfig
-from pipelines import horizon, imports, train
+from pipelines import horizon, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
 COMMON = """
@@ -178,44 +178,6 @@ def test_recorded_runs_and_pruning(root):
     assert store.prune("tiny") == [runs[0].folder.name] and store.prune("tiny") == []
     assert outcome(root) == {name: content for name, content in before.items() if runs[0].folder.name not in name}
     assert not list((store.results / "machine").rglob(runs[0].folder.name)) and outcome(root)
-
-
-def test_source_digest_covers_every_module_that_training_imports():
-    """A module left out would let a changed computation pass as the recorded one."""
-    imported = {Path(path).relative_to("eplib").with_suffix("").as_posix()
-                for path in imports.closure(["eplib.training"], REPOSITORY) if path.endswith(".py")}
-    assert imported - {"__init__"} == set(provenance.SOURCE)
-
-
-def test_source_digest_ignores_what_computes_nothing(tmp_path, monkeypatch):
-    package, compute = tmp_path / "eplib", provenance.source_digest.__wrapped__
-    shutil.copytree(REPOSITORY / "eplib", package, ignore=shutil.ignore_patterns("__pycache__"))
-    original = compute()
-    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
-    assert compute() == original
-    solvers = package / "solvers.py"
-    text = solvers.read_text()
-    same = [text.replace('"""Euclidean norm of each sample: (B, ...) -> (B,)."""', '"""The norm."""'),
-            text.replace("GROWTH = 1e3  #", "GROWTH = 1e3   # now"), "# first\n\n" + text.replace("\n\n\n", "\n\n\n\n"),
-            text.replace('"""Solvers that take a force', '"""Anew: # a\n\nsolvers that take a force'), text + "\n\n# end\n"]
-    other = [text.replace("GROWTH = 1e3", "GROWTH = 1e4"), text.replace("= 64", "= 65"),
-             text.replace('"converged"', '"done"'), text + "\n\nEXTRA = '# not a comment'\n"]
-    for changed, expected in [(t, True) for t in same] + [(t, False) for t in other]:
-        assert changed != text
-        solvers.write_text(changed)
-        assert (compute() == original) is expected, changed[:80]
-    solvers.write_text(text)
-    (package / "plotting.py").write_text("")  # draws, computes no run
-    assert compute() == original
-
-
-def test_a_docstring_on_a_line_of_code_does_not_hide_the_code(tmp_path):
-    path = tmp_path / "module.py"
-    found = []
-    for argument in ("a", "b"):
-        path.write_text(f'def f({argument}): """Words."""\n\n\nclass A:\n    """Words."""; x = "{argument}"\n')
-        found.append(provenance.without_comments(path))
-    assert found[0] != found[1] and "x = " in found[0]
 
 
 # --- what is written

@@ -27,9 +27,10 @@ from ..diagnostics import adaptive_compute
 from ..files import leftovers, write_atomically
 from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile
-from ..provenance import machine, source_digest, versions
+from ..provenance import machine, versions
 from ..settings import name_of
 from ..solvers import FixedHorizon, Solver, Substitution
+from ..sources import source_digest
 from ..training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
 from .formats import to_csv, to_json
@@ -37,8 +38,7 @@ from .leases import Held, holder, lease
 from .runs import PROMPT, Run
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
-           "load_profile", "machine", "mean_loss", "save_machine", "save_result", "source_digest", "spread",
-           "summarise"]
+           "load_profile", "machine", "mean_loss", "save_machine", "save_result", "spread", "summarise"]
 
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
 RUN = re.compile(r"[a-z0-9][a-z0-9_.-]*-lr[0-9.]+(e[+-]\d+)?-seed\d+-[0-9a-f]{8}")  # the name of a run's folder
@@ -115,7 +115,7 @@ class Store:
 
     def scratch(self, config: RunConfig) -> Path:
         """Where the run's checkpoint is while today's source trains it."""
-        return self.checkpoints / source_digest() / config.experiment / self._place(config).folder.name
+        return self.checkpoints / source_digest(config) / config.experiment / self._place(config).folder.name
 
     def runs(self, experiment: str) -> list[Run]:
         """Every run that the profile names for an experiment, trained where absent, in the profile's order."""
@@ -180,7 +180,7 @@ class Store:
         # one row a step, a third of the size; without a time, so that equal logs are equal files
         write_atomically(run.folder / "log.csv.gz", gzip.compress(to_csv(progress.rows), mtime=0))
         write_atomically(run.folder / "curve.csv", to_csv(progress.curve))
-        write_atomically(run.folder / "provenance.json", to_json({"source": source_digest(), "backend": trainer.backend}
+        write_atomically(run.folder / "provenance.json", to_json({"source": source_digest(config), "backend": trainer.backend}
                                                                  | versions()))
         write_atomically(run.folder / "metrics.json", to_json(metrics))
         return Run(config, run.folder, run.weights_folder)  # anew: nothing read before is kept

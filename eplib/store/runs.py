@@ -16,8 +16,8 @@ from ..diagnostics import agreement, without_readout
 from ..estimators import BPTT, DyadicEP, gradient
 from ..files import write_atomically
 from ..models import EquilibriumModel, LanguageModel
-from ..provenance import source_digest
 from ..solvers import Anderson, Relaxation
+from ..sources import source_digest
 from ..training import RunConfig, TextTask, build_model, build_task
 from .formats import columns, to_json
 
@@ -47,8 +47,8 @@ class Run:
 
     @property
     def current(self) -> bool:
-        """Whether the library source that recorded the run is today's."""
-        return self.provenance["source"] == source_digest()
+        """Whether the source that recorded the run is today's, of what the run uses."""
+        return self.provenance["source"] == source_digest(self.config)
 
     def has_weights(self, step: int | None = None) -> bool:
         """Whether the weights after `step` updates (the last by default) are kept here."""

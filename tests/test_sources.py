@@ -1,0 +1,116 @@
+"""Which source a run's numbers depend on: what trains, and the classes that its configuration uses."""
+
+import ast
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eplib import blocks, controllers, estimators, sources
+from eplib.config import parse
+from eplib.runconfig import Architecture, RunConfig, Text
+from pipelines import imports
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = RunConfig(experiment="x", arm="ep", steps=1, data=Text(corpus="plays"), estimator=estimators.AsymEP(beta=0.2),
+                   model=Architecture(context=8, block=blocks.Thick()))
+OWN = '''"""A block of the user's own."""
+
+from eplib import blocks, energies
+from eplib.config import configuration
+
+SCALE = 2.0
+
+
+@configuration
+class Mine(blocks.Thick):
+    """Mine."""
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the library whose source is digested anew each time it is asked for."""
+    folder = tmp_path / "eplib"
+    shutil.copytree(sources.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    monkeypatch.setattr(sources, "FOLDER", folder)
+
+    def digest(config=CONFIG):
+        for cached in (sources._tree, sources._text, sources._imports, sources._listed, sources._foreign):
+            cached.cache_clear()
+        return sources.source_digest(config)
+
+    yield folder, digest
+    monkeypatch.undo()
+    digest()  # and nothing of the copy is remembered
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text() + "\n\nEDITED = 1\n")
+
+
+def test_comments_and_docstrings_do_not_count_and_all_else_does():
+    text = (sources.FOLDER / "config.py").read_text()
+    same = [text.replace('"""Hexadecimal digest of', '"""Anew: # a\n\ndigest of'), "# first\n\n" + text + "\n\n# end\n",
+            text.replace("# as YAML", "#  now, as YAML"), text.replace("\n\n\n", "\n\n\n\n")]
+    other = [text.replace("length: int = 8", "length: int = 9"), text.replace('"forbid"', '"ignore"'),
+             text + "\n\nEXTRA = '# not a comment'\n"]
+    for changed, expected in [(t, True) for t in same] + [(t, False) for t in other]:
+        assert (sources.without_comments(changed) == sources.without_comments(text)) is expected, changed[:80]
+
+
+def test_a_docstring_on_a_line_of_code_does_not_hide_the_code():
+    found = [sources.without_comments(f'def f({argument}): """Words."""\n\n\nclass A:\n    """Words."""; x = "{argument}"\n')
+             for argument in ("a", "b")]
+    assert found[0] != found[1] and "x = " in found[0]
+
+
+def test_what_trains_counts_for_every_run_and_what_only_some_use_does_not():
+    every = set(sources.closure({sources.TRAINING}))
+    assert every >= {f"eplib.{name}" for name in ("training", "evaluation", "runconfig", "config", "files", "log")}
+    assert not every & {f"eplib.{name}" for name in ("controllers.mode", "controllers.norms", "diagnostics.gdu", "plotting")}
+    theirs = {Path(path).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
+              for path in imports.closure(every, REPOSITORY)}
+    assert every <= theirs  # found by another reading of the imports
+
+
+def test_an_edit_of_a_class_makes_those_runs_stale_that_use_it(package):
+    folder, digest = package
+    using = replace(CONFIG, penalties=(controllers.Homeostasis(),))
+    before, path = (digest(), digest(using)), folder / Path(*controllers.Homeostasis.__module__.split(".")[1:])
+    edit(path.with_suffix(".py"))
+    assert digest() == before[0] and digest(using) != before[1]
+
+
+def test_a_field_with_a_default_changes_no_digest_but_that_of_its_source():
+    again = parse(RunConfig, {"experiment": "x", "arm": "ep", "steps": 1, "data": {"kind": "Text", "corpus": "plays"},
+                              "estimator": {"kind": "AsymEP", "beta": 0.2},
+                              "model": {"context": 8, "block": {"kind": "Thick"}}}, "x")
+    assert again == CONFIG and sources.source_digest(again) == sources.source_digest(CONFIG)
+
+
+def test_a_class_of_your_own_counts_with_its_file_and_what_that_imports(package, tmp_path, monkeypatch):
+    digest = package[1]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine_here.py").write_text(OWN)
+    import mine_here
+
+    config = replace(CONFIG, model=replace(CONFIG.model, block=mine_here.Mine()))
+    before = digest(config)
+    assert before != digest()
+    (tmp_path / "mine_here.py").write_text(OWN.replace("2.0", "3.0"))
+    assert digest(config) != before
+    (tmp_path / "mine_here.py").write_text(OWN.replace("of the user's own", "of mine"))
+    assert digest(config) == before
+    blocks.Block.members.pop("mine_here:Mine")
+    sys.modules.pop("mine_here")
+
+
+def test_imports_for_the_type_checker_compute_nothing_and_a_package_is_seen_through():
+    text = ("from typing import TYPE_CHECKING\nimport eplib.controllers.norms as n\nfrom . import controllers, spectra\n"
+            "if TYPE_CHECKING:\n    from .plotting import use\n\ndef f():\n    return controllers.LeadingMode(), spectra.edges\n")
+    found = sources.names(ast.parse(text), "eplib")
+    assert "eplib.plotting.use" not in found and {sources._module_of(name) for name in found} == {
+        None, "eplib.controllers.norms", "eplib.controllers.mode", "eplib.spectra"}
