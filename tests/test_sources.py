@@ -110,7 +110,7 @@ def test_a_class_of_your_own_counts_with_its_file_and_what_that_imports(package,
 
 def test_imports_for_the_type_checker_compute_nothing_and_a_package_is_seen_through():
     text = ("from typing import TYPE_CHECKING\nimport eplib.controllers.norms as n\nfrom . import controllers, spectra\n"
-            "if TYPE_CHECKING:\n    from .plotting import use\n\ndef f():\n    return controllers.LeadingMode(), spectra.edges\n")
+            "if TYPE_CHECKING:\n    from .plotting import use\n\nX = [controllers.LeadingMode(), spectra.edges]\n")
     found = sources.names(ast.parse(text), "eplib")
     assert "eplib.plotting.use" not in found and {sources._module_of(name) for name in found} == {
         None, "eplib.controllers.norms", "eplib.controllers.mode", "eplib.spectra"}
