@@ -86,10 +86,15 @@ def mapping(value: Any, where: str, refused: type[Exception]) -> dict:
     return value or {}
 
 
+def plugin_places(profile: Path) -> list[Path]:
+    """Where the plugins of a profile's file are looked for before PYTHONPATH and what is installed."""
+    return [Path.cwd(), profile.parent]
+
+
 def import_plugins(profile: str, root: Path, refused: type[Exception]) -> None:
     """Imports the modules that a profile names as `plugins`, from the current folder, beside the profile's file or PYTHONPATH.
     Raises `refused` for one that is not there."""
-    places = [str(Path.cwd()), str(path_of(profile, root, refused).parent)]
+    places = [str(place) for place in plugin_places(path_of(profile, root, refused))]
     for module in load(profile, root, refused).get("plugins") or []:
         sys.path += [place for place in places if place not in sys.path]  # a worker process gets them as well
         try:

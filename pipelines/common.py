@@ -61,6 +61,12 @@ def notebook_names(root: Path = ROOT) -> list[str]:
     return sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
 
 
+def planned(settings: dict[str, Any], root: Path = ROOT) -> list[str]:
+    """The notebooks that a profile runs: those it has parameters or runs for. Others in notebooks/ are the reader's own."""
+    named = {*(settings.get("runs") or {}), *(settings.get("notebooks") or {})}
+    return [name for name in notebook_names(root) if name in named]
+
+
 def for_profile(module: str, text: str, action: Callable[[str], int | None], arguments: list[str] | None = None) -> int:
     """Entry point of `python -m pipelines.<module> --profile P`: calls action(P) and returns the exit code, 1 with the message
     for a PipelineError. `text` is the module's docstring."""

@@ -61,6 +61,22 @@ def figures_in(folder: Path, root: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def further(content: dict[str, Any], root: Path) -> dict[str, list[str]]:
+    """Kind -> the ids of what notebooks made of which the text places nothing: the paper shows them behind its text."""
+    placed = set(re.findall(r'#(?:fig|tab|samples)\("([^"]+)"\)', (root / "paper" / "main.typ").read_text(encoding="utf-8")))
+    kinds = ("figures", "tables", "texts")
+    known = {made["notebook"] for kind in kinds for name, made in content[kind].items() if name in placed}
+    return {kind: [name for name, made in content[kind].items() if made["notebook"] not in known] for kind in kinds}
+
+
+def add(found: dict[str, Any], kind: str, name: str, value: dict[str, Any]) -> None:
+    """Put what a notebook made under its id; raises PipelineError if another notebook made one of that id."""
+    if name in found:
+        raise PipelineError(f"the notebooks {found[name]['notebook']} and {value['notebook']} both made the {kind} {name!r}; "
+                            "give one of them another id, and remove what the other wrote")
+    found[name] = value
+
+
 def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """Everything the paper may print that does not depend on the machine: summaries, tables, texts, figures, claims."""
     results = root / "results" / name_of(profile)
@@ -78,10 +94,12 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
             if path.stem == "summary":
                 content["summaries"][folder.name] = value
             elif is_table(value):
-                content["tables"][path.stem] = {**value, "notebook": folder.name}
+                add(content["tables"], "table", path.stem, {**value, "notebook": folder.name})
             elif isinstance(value, dict) and "texts" in value:
-                content["texts"][path.stem] = {**value, "notebook": folder.name}
-        content["figures"] |= figures_in(root / "figures" / name_of(profile) / folder.name, root)
+                add(content["texts"], "text", path.stem, {**value, "notebook": folder.name})
+        for name, found in figures_in(root / "figures" / name_of(profile) / folder.name, root).items():
+            add(content["figures"], "figure", name, found)
+    content["further"] = further(content, root)
     claims = results / "claims.json"
     content["claims"] = {claim["id"]: claim for claim in read_json(claims)} if claims.is_file() else {}
     return content

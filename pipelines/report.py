@@ -26,7 +26,7 @@ from pipelines.common import (
     for_profile,
     load_profile,
     notebook_format,
-    notebook_names,
+    planned,
     write_text,
 )
 
@@ -224,12 +224,12 @@ def folder_of(profile: str, root: Path = ROOT) -> Path:
 
 def build(profile: str, root: Path = ROOT) -> Path:
     """Write the report beside its place, move it there as a whole, and return its first page."""
-    load_profile(profile, root)
+    names = planned(load_profile(profile, root), root)
     final = folder_of(profile, root)
     draft = final.with_name("report.part")
     shutil.rmtree(draft, ignore_errors=True)
     content, machine = paper.collect(profile, root), paper.machine_facts(profile, root)
-    executed = {name: root / "results" / name_of(profile) / "notebooks" / f"{name}.ipynb" for name in notebook_names(root)}
+    executed = {name: root / "results" / name_of(profile) / "notebooks" / f"{name}.ipynb" for name in names}
     for name, path in executed.items():
         missing = page(
             name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile

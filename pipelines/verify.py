@@ -13,13 +13,14 @@ from pathlib import Path
 
 from eplib.settings import name_of
 from pipelines import claims, paper, report
-from pipelines.common import ROOT, command, for_profile, load_profile, notebook_names
+from pipelines.common import ROOT, command, for_profile, load_profile, planned
 
 
 def missing(profile: str, root: Path = ROOT) -> list[str]:
     """What the paper shows as missing and which notebooks have not been run, in words; needs the paper to be built."""
     executed = root / "results" / name_of(profile) / "notebooks"
-    unrun = [f"executed notebook {name}" for name in notebook_names(root) if not (executed / f"{name}.ipynb").is_file()]
+    unrun = [f"executed notebook {name}" for name in planned(load_profile(profile, root), root)
+             if not (executed / f"{name}.ipynb").is_file()]
     return paper.missing(profile, root) + unrun
 
 

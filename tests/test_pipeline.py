@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from eplib import plotting, profiles
-from pipelines import cells, common, imports, notebook, stages
+from pipelines import cells, common, imports, notebook, plan, stages
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -217,19 +218,19 @@ def loaded(statement: str) -> set[str]:
     }
 
 
-def test_every_stage_declares_the_modules_its_code_loads():
-    made = stages.build("quick")["stages"]
+def test_every_stage_depends_on_the_code_that_it_loads():
+    decides = plan.Plan("quick", ROOT).decides()
     modules = {"data": "data", "claims": "claims", "paper": "paper", "report": "report"}
-    modules |= {name: "train" for name in made if name.startswith("train-")}
+    modules |= {name: "train" for name in decides if name.startswith("train-")}
     for module in set(modules.values()):
         files = loaded(f"import pipelines.{module}")
         for stage in (stage for stage, name in modules.items() if name == module):
-            assert files <= set(made[stage]["deps"]), stage
+            assert files <= set(decides[stage]["code"]), stage
     for name in common.notebook_names():
         source = cells.normalise(name, cells.load_notebook(name))
         lines = [node for node in ast.walk(imports.code_of(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
         files = loaded("\n".join(ast.unparse(line) for line in lines))
-        assert files <= set(made[f"notebook-{name}"]["deps"]), name
+        assert files <= set(decides[f"notebook-{name}"]["code"]), name
 
 
 def test_training_together_makes_what_training_apart_does():
@@ -273,33 +274,42 @@ def test_imports_are_found_in_every_form(tmp_path):
     assert found("from eplib.solvers import solve") == ["__init__", "late", "solvers"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
-def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
-    from dvc.repo import Repo
-
-    for path in (ROOT / "pipelines").glob("*.py"):
-        shutil.copy(path, tree / "pipelines")
-    (tree / "eplib").mkdir()
-    for name in ("__init__", "files", "settings"):
-        shutil.copy(ROOT / "eplib" / f"{name}.py", tree / "eplib")
+@pytest.fixture
+def repository(tree, monkeypatch):
+    """The tree with the pipeline's own code, in git and DVC, as the current folder."""
+    for folder, names in {"pipelines": [path.name for path in (ROOT / "pipelines").glob("*.py")],
+                          "eplib": ["__init__.py", "files.py", "settings.py", "sources.py"]}.items():
+        (tree / folder).mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy(ROOT / folder / name, tree / folder)
     subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
     common.write_text(tree / ".dvc" / "config", "[core]\n    analytics = false\n    check_update = false\n")
-    source = stages.build("quick", tree)["stages"]["source-toy"]
-    common.write_text(tree / "dvc.yaml", yaml.safe_dump({"stages": {"source-toy": source}}))
+    common.write_text(tree / ".dvcignore", "__pycache__\n")
+    common.write_text(tree / "dvc.yaml", stages.text_of("quick", tree))
     monkeypatch.chdir(tree)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    return tree
 
-    def status() -> dict:
-        with Repo(tree) as repo:
-            return repo.status()
 
-    def reproduced() -> int:
-        with Repo(tree) as repo:
-            return len(repo.reproduce())
+def reproduced(*targets: str) -> list[str]:
+    """The stages that DVC runs in the current folder."""
+    from dvc.repo import Repo
 
-    path = tree / "notebooks" / "toy.ipynb"
-    assert reproduced() == 1 and cells.source_path("toy", "quick", tree).is_file()
-    assert reproduced() == 0 and status() == {}
+    with Repo(".") as repo:
+        return [stage.name for stage in repo.reproduce(targets=list(targets) or None)]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
+def test_dvc_runs_a_notebook_again_for_an_edited_cell_and_not_for_saved_outputs(repository):
+    path = repository / "notebooks" / "toy.ipynb"
+    assert reproduced("notebook-toy") == ["sources", "notebook-toy"]
+    assert reproduced("notebook-toy") == []
 
     saved = json.loads(path.read_text())
     saved["cells"][2] |= {
@@ -308,26 +318,63 @@ def test_dvc_sees_an_edited_cell_and_not_saved_outputs(tree, monkeypatch):
     }
     saved["metadata"]["toc"] = {"a": 1}
     path.write_text(json.dumps(saved, indent=1))
-    assert status() == {}
-
-    saved["cells"][2]["source"][-1] += "\n1 + 1"
-    path.write_text(json.dumps(saved, indent=1))
-    assert "cells.2.source" in str(status())
+    assert reproduced("notebook-toy") == ["sources"]
     saved["cells"].append({**saved["cells"][2], "source": ["2 + 2"]})
     path.write_text(json.dumps(saved, indent=1))
-    assert "cells.-1.source" in str(status())
-    with pytest.raises(PipelineError, match=r"pipelines.stages --write"):  # the first command of the stage
-        stages.check_notebook("toy", "quick", tree)
+    assert reproduced("notebook-toy") == ["sources", "notebook-toy"]
 
 
-def test_the_lock_keeps_every_cell_as_it_is():
-    """DVC's YAML writer breaks some long lines beside a backslash; such a cell would look changed for ever. Wrap the line."""
-    from dvc.utils.serialize import dumps_yaml
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
+def test_dvc_runs_nothing_but_the_digests_for_a_comment_a_docstring_or_a_notebook_of_the_readers_own(repository):
+    assert reproduced("notebook-toy") == ["sources", "notebook-toy"]
+    edit(repository / "pipelines" / "kernel.py", '"""A fresh notebook', '# to be read\n    """A fresh, new notebook')
+    (repository / "notebooks" / "Untitled.ipynb").write_text("not even a notebook")
+    assert reproduced("notebook-toy") == ["sources"]
+    edit(repository / "pipelines" / "kernel.py", "def short_folder", "THREE = 3\n\n\ndef short_folder")
+    assert reproduced("notebook-toy") == ["sources", "notebook-toy"]
 
-    for path in sorted((common.ROOT / "notebooks").glob("*.ipynb")):
-        for index, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
-            nested = {"stages": {"s": {"params": {"file": {f"cells.{index}.source": cell["source"]}}}}}
-            assert yaml.safe_load(dumps_yaml(nested)) == nested, f"{path.name}, cell {index}: wrap its formulas"
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
+def test_dvc_stops_with_the_remedy_where_the_pipeline_file_lacks_a_new_group_of_runs(repository, capfd):
+    from dvc.exceptions import ReproductionError
+
+    reproduced("sources")
+    before = cells.source_path("toy", "quick", repository).read_bytes()
+    with (repository / "pipelines" / "profiles" / "quick.yaml").open("a") as file:
+        file.write("runs:\n  mine: [{arms: {a: {}}}]\n")
+    with pytest.raises(ReproductionError):
+        reproduced("notebook-toy")
+    assert "python -m pipelines.stages --write" in capfd.readouterr().err
+    assert cells.source_path("toy", "quick", repository).read_bytes() == before
+    common.write_text(repository / "dvc.yaml", stages.text_of("quick", repository))
+    assert reproduced("sources") == ["sources"] and "train-mine" in stages.build("quick", repository)["stages"]
+
+
+def test_the_runs_of_a_profile_decide_training_and_their_looks_only_the_notebooks(tree):
+    def decided(label: str, damping: float) -> dict:
+        runs = {"toy": [{"arms": {"a": {"label": label, "model": {"damping": damping}}}}]}
+        settings = {"notebooks": {"toy": {}}, "runs": runs}
+        common.write_text(tree / "pipelines" / "profiles" / "quick.yaml", yaml.safe_dump(settings))
+        return plan.Plan("quick", tree).decides()
+
+    first, renamed, changed = decided("one", 0.5), decided("two", 0.5), decided("one", 0.6)
+    assert first["train-toy"] == renamed["train-toy"] != changed["train-toy"]
+    assert first["notebook-toy"] != renamed["notebook-toy"] and first["notebook-toy"] != changed["notebook-toy"]
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    ('plotting.save(fig, "F1", profile, "other")', "both make the figure 'F1'"),
+    ('records.save_result(profile, "other", "T1", {})', "both make the result 'T1'"),
+    ('records.save_machine(profile, "T2", {})', "both make the result 'T2'"),
+    ('plotting.save(fig, "F9", profile, "toy")', "other.ipynb: save writes into the folder of 'toy'")])
+def test_two_notebooks_that_make_one_figure_or_table_are_refused(tree, call, words):
+    first = ('plotting.save(fig, "F1", profile, "toy")\nrecords.save_result(profile, "toy", "T1", {})\n'
+             'records.save_machine(profile, "T2", {})\nrecords.save_result(profile, "toy", "summary", {})')
+    for name, code in (("toy", first), ("other", call)):
+        (tree / "notebooks" / f"{name}.ipynb").write_text(cells.stripped(made_of(code)))
+    common.write_text(tree / "pipelines" / "profiles" / "quick.yaml", "notebooks: {toy: {}, other: {}}\n")
+    with pytest.raises(PipelineError, match=re.escape(words)):
+        stages.build("quick", tree)
 
 
 # --- arms: their names and colours ---
