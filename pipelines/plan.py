@@ -73,7 +73,8 @@ class Plan:
             digests.update({path: digest(self.root / path) for path in files if path not in digests})
             return {path: digests[path] for path in files}
 
-        made: dict[str, dict[str, Any]] = {name: {"code": code(f"pipelines.{name}")} for name in ("data", "claims", "paper", "report")}
+        made: dict[str, dict[str, Any]] = {stage: {"code": code(f"pipelines.{stage}")}
+                                           for stage in ("data", "claims", "paper", "report")}
         plugins = {str(path): digest(path) for path in self.plugins.values()}
         train = code("pipelines.train") | plugins
         for stage, groups in self.training.items():
