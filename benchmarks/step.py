@@ -9,7 +9,7 @@ makes times comparable: the free residual, the adjoint residual, and the cosine 
 converged one in float64, each the worst of the batches, and the cost in force evaluations of the whole batch: a linearisation
 or a product with J or J^T counts as one, a backward pass as two for each evaluation in it; torchdeq's are not counted. What is
 not paid at every step is measured on its own and shared out: the rate penalty over its cadence, the refit of the start over its
-refresh.
+refresh. Beside it stands what holding every token costs at every step (`CONTROL`), and the whole step with it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from eplib import kernels
 from eplib.blocks import EquilibriumBlock, Feedforward
 from eplib.calculus import AutomaticSlope
 from eplib.config import digest, plain
-from eplib.controllers import ContractionRate
+from eplib.controllers import ContractionRate, Integral
 from eplib.diagnostics import LiveBytes, agreement, without_readout
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
 from eplib.models import Backend, EquilibriumModel, LanguageModel
@@ -50,6 +50,7 @@ REFRESH = 10  # cadence of the fit of the start
 FREE, ADJOINT = 1e-4, 5e-3  # residuals at which the phases stop
 STEP = 0.8
 SLOW = 20  # backprop steps
+CONTROL = ContractionRate(target=0.975, step=0.25, per="token", products=3, driven=Integral())
 # ||z_beta - z*|| / ||z*|| of two trajectories, from which their nudge is chosen. That of a sequence: at 3e-3 single tokens of
 # trained models have left the linear range (cosine 0.9998 at C=128 T=128, 0.998 on MNIST).
 DISPLACEMENT = 3e-4
@@ -196,6 +197,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Step]:
             f"EP linear response, {name}": ep(estimator=DyadicEP(), **chosen),
             f"EP linear response + penalty, {name}": ep(estimator=DyadicEP(), **chosen, penalties=(
                 replace(point.penalty, every=1),)),
+            f"EP linear response + control, {name}": ep(estimator=DyadicEP(), **chosen, penalties=(CONTROL,)),
             f"EP linear response + refit, {name}": ep(estimator=DyadicEP(), **(chosen | {"start": LinearStart(refresh=1)}))}
         if ways[name] is not mixed:  # contrasted trajectories are never rounded
             found |= {f"EP two trajectories, warm, {name}": ep(estimator=warm, **chosen),
@@ -258,7 +260,8 @@ def measure(point: Point, rounds: int = 20) -> dict:
     """Median milliseconds, ratio to backprop, force evaluations, accuracy and peak live bytes of every arm at one point.
 
     The linear response is given with its amortised costs, and apart: `milliseconds` holds the bare step, `penalty` and `refit`
-    what each adds when it runs, `amortised` the sum at their cadence.
+    what each adds when it runs, `amortised` the sum at their cadence; `control` what holding every token adds at every step, as
+    a share of the bare step in `control_share`, and `controlled_ratio` the whole step with it over backprop.
     """
     horizon = int(point.model.settle(point.batches[0][0], Relaxation(step=STEP, tol=FREE, max_steps=300)).steps.max())
     steps = arms(point, fastest(), max(1, horizon))
@@ -275,6 +278,9 @@ def measure(point: Point, rounds: int = 20) -> dict:
             if extra in milliseconds and extra != name:
                 row[part] = milliseconds[extra] - milliseconds[name]
                 row["amortised"] += row[part] / cadence
+        if held := milliseconds.get(name.replace(",", " + control,")) if name.startswith("EP linear response,") else None:
+            row |= {"control": held - milliseconds[name], "control_share": held / milliseconds[name] - 1,
+                    "controlled_ratio": held / milliseconds["backprop"]}
         with LiveBytes() as counter:
             last = step(*point.batches[0])
         row["peak_bytes"] = counter.peak
@@ -331,7 +337,9 @@ def table(results: dict) -> str:
         for name, row in found["arms"].items():
             lines.append(f"  {name:36s}{row['amortised']:9.1f} ms {row['ratio']:7.2f}x {row.get('force_evaluations', '-'):>6} F"
                          + (f"   cosine {row['cosine']:.6f}  free {row['free_residual']:.1e}  adjoint "
-                            f"{row['adjoint_residual']:.1e}" if "cosine" in row else ""))
+                            f"{row['adjoint_residual']:.1e}" if "cosine" in row else "")
+                         + (f"   control {row['control_share']:+.0%}, with it {row['controlled_ratio']:.2f}x"
+                            if "control" in row else ""))
     return "\n".join(lines)
 
 

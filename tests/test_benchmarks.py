@@ -43,6 +43,17 @@ def test_costs_are_in_force_evaluations_of_the_whole_batch(results):
         assert 3 < response < costs["EP, reference"]
 
 
+def test_holding_every_token_is_timed_beside_the_linear_response(results):
+    found, _ = results
+    for point in found["points"].values():
+        held = {name for name, row in point["arms"].items() if "control" in row}
+        assert held and held == {name for name in point["arms"] if name.startswith("EP linear response")}
+        for name in held:
+            row, backprop = point["arms"][name], point["arms"]["backprop"]["milliseconds"]
+            assert row["control_share"] == pytest.approx(row["control"] / row["milliseconds"])
+            assert row["controlled_ratio"] == pytest.approx((row["milliseconds"] + row["control"]) / backprop)
+
+
 def test_the_uncached_block_has_the_gradient_of_the_block(results):
     """The products of the reference, with a graph made anew, are those by hand."""
     _, point = results
