@@ -21,7 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import eplib
 from eplib import blocks, estimators, models
 from eplib.calculus import Sublayers
-from eplib.controllers import ContractionRate, Homeostasis, Integral, JacobianNorm, LeadingMode, ResidualDriven, ResidualPenalty
+from eplib.controllers import (
+    ContractionRate,
+    Homeostasis,
+    Integral,
+    JacobianNorm,
+    LeadingMode,
+    NumericalAbscissa,
+    ResidualDriven,
+    ResidualPenalty,
+)
 from eplib.diagnostics import dense_jacobian
 from eplib.kernels import KernelError
 from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status, Substitution, norm
@@ -108,6 +117,7 @@ PENALTIES = {
     "plane, driven": (ContractionRate(target=0.2, strength=2.0, probes=2, driven=Integral(floor=0.5)),),
     "token, driven": (ContractionRate(target=0.2, strength=2.0, per="token", step=0.25, driven=Integral(floor=0.5)),),
     "mode": (LeadingMode(margin=0.95, strength=2.0),),
+    "numerical": (NumericalAbscissa(bound=-0.9, size=2),),
     "norm": (JacobianNorm(driven=ResidualDriven()),), "residual": (ResidualPenalty(),), "homeostasis": (Homeostasis(),),
     "two of a kind": (ContractionRate(target=0.2, strength=2.0), ContractionRate(target=0.3, strength=1.0, products=0)),
     "two kinds": (Homeostasis(), JacobianNorm(strength=2.0))}
@@ -209,6 +219,14 @@ def penalty_value(penalty, model, z, x, step):
         q = krylov(penalty.step, penalty.products, 2)
         alpha = torch.linalg.eigvals(q.mT @ j @ q).real.amax(-1)
         return penalty.strength * (alpha + penalty.margin).clamp_min(0).square().mean()
+    if isinstance(penalty, NumericalAbscissa):
+        s, v, columns = (j + j.mT).detach() / 2, force.flatten(1).unsqueeze(-1), []
+        for _ in range(penalty.size):
+            columns.append(v / v.norm(dim=1, keepdim=True))
+            v = s @ columns[-1]
+        q = torch.linalg.qr(torch.cat(columns, -1))[0]
+        top = q @ torch.linalg.eigh(q.mT @ s @ q)[1][..., -1:]
+        return penalty.strength * ((top.mT @ j @ top).flatten() - penalty.bound).clamp_min(0).square().mean()
     step = penalty.step or step
     move = eye + step * j
     if penalty.per == "token":
@@ -268,8 +286,8 @@ def _check(case, model, inputs, targets, z, j, g, single) -> str:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in ("norm.bias", *small))
     solver = SOLVERS[case["solver"]]((1e-4 if kinds else 1e-6) if single else 1e-9)
-    if single and kinds and not solver.tol:  # float32 rounds a settled state's force to noise, which is no probe
-        solver = solver.limited(8)
+    if kinds and not solver.tol:  # the force of a state settled to the last digit is noise, which is no probe
+        solver = solver.limited(8 if single else 20)
     chosen = {"solver": solver, "backend": case["backend"], "penalties": kinds,
               "estimator": estimator_of(case),
               "nudged": None if case["nudged"] == "none" else SOLVERS[case["nudged"]](1e-3 if single else 1e-7)}

@@ -16,6 +16,7 @@ from eplib.controllers import (
     Integral,
     JacobianNorm,
     LeadingMode,
+    NumericalAbscissa,
     ResidualDriven,
     ResidualPenalty,
 )
@@ -274,7 +275,19 @@ def residual_formula(model, z, force):
     return 100.0 * (norm(model.block(z, model.held)) / norm(z)).square().mean()
 
 
+def numerical_formula(model, z, force):
+    j, v = pieces(model, z), force.flatten(1).unsqueeze(-1)
+    s, columns = (j + j.mT).detach() / 2, []
+    for _ in range(4):
+        columns.append(v / v.norm(dim=1, keepdim=True))
+        v = s @ columns[-1]
+    q = torch.linalg.qr(torch.cat(columns, -1))[0]  # (B, n, 4)
+    top = q @ torch.linalg.eigh(q.mT @ s @ q)[1][..., -1:]
+    return 3.0 * ((top.mT @ j @ top).flatten() + 0.5).clamp_min(0).square().mean()
+
+
 PENALTIES = {
+    "numerical": (NumericalAbscissa(bound=-0.5, strength=3.0), numerical_formula),
     "norm": (JacobianNorm(strength=3.0), norm_formula), "homeostasis": (Homeostasis(strength=1.5), homeostasis_formula),
     "mode": (LeadingMode(margin=0.9), mode_formula), "residual": (ResidualPenalty(), residual_formula),
     "pair": (ContractionRate(target=0.3, strength=20.0, probes=2), pair_formula),
@@ -355,6 +368,14 @@ def test_the_driven_coefficient_follows_the_residual_between_floor_and_ceiling()
     problem, driven = at(model, inputs, z), ResidualDriven(target=1e-9, ceiling=1e6)
     first = JacobianNorm(strength=1.0, driven=driven)(problem, STEP, carried := {}).measured["coefficient"]
     assert JacobianNorm(strength=1.0, driven=driven)(problem, STEP, carried).measured["coefficient"] > first > 1
+
+
+def test_the_numerical_abscissa_is_found_to_its_last_digit_where_the_span_is_whole():
+    model, inputs, _ = transformer(damping=0.25)
+    z = model.settle(inputs, SETTLE).value
+    seen = NumericalAbscissa(size=z[0].numel(), bound=-9.0)(at(model, inputs, z), STEP, {}).measured["numerical_probe"]
+    j = pieces(model, z).detach()
+    assert seen == pytest.approx(torch.linalg.eigvalsh((j + j.mT) / 2).amax().item(), rel=1e-8)
 
 
 def test_the_integral_strength_rises_while_too_many_are_above_and_never_leaves_its_bounds():

@@ -9,8 +9,8 @@ samples are looked at again depends on the samples: only those that have somethi
 
 from .base import KEPT, Outcome, Penalty
 from .contraction import ContractionRate, Integral
-from .mode import LeadingMode
+from .mode import LeadingMode, NumericalAbscissa
 from .norms import Homeostasis, JacobianNorm, ResidualDriven, ResidualPenalty
 
-__all__ = ["KEPT", "ContractionRate", "Homeostasis", "Integral", "JacobianNorm", "LeadingMode", "Outcome", "Penalty",
-           "ResidualDriven", "ResidualPenalty"]
+__all__ = ["KEPT", "ContractionRate", "Homeostasis", "Integral", "JacobianNorm", "LeadingMode", "NumericalAbscissa", "Outcome",
+           "Penalty", "ResidualDriven", "ResidualPenalty"]

@@ -89,8 +89,13 @@ def leading(problem: Problem, step: float, products: int, size: int) -> Tensor:
     iterates = [unit(problem.force(problem.state))]
     for _ in range(products + size - 1):
         iterates.append(unit(iterates[-1] + step * problem.jacobian.product(iterates[-1])))
-    columns = torch.stack(iterates[-size:], 1).flatten(2).mT  # (B, n, size)
-    return torch.linalg.qr(columns)[0].mT.unflatten(2, problem.state.shape[1:])
+    return orthonormal(iterates[-size:])
+
+
+def orthonormal(directions: list[Tensor]) -> Tensor:
+    """Basis (B, K, ...) of the span of K directions (B, ...)."""
+    columns = torch.stack(directions, 1).flatten(2).mT  # (B, n, K)
+    return torch.linalg.qr(columns)[0].mT.unflatten(2, directions[0].shape[1:])
 
 
 def compressed(jacobian: Any, basis: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class ContractionRate(Penalty):
             return torch.linalg.eigvals(small).abs().amax(-1)
         return norm(probe + step * jacobian.product(probe)) / norm(probe).clamp_min(torch.finfo(probe.dtype).tiny)
 
+    @torch.no_grad()
     def _of_tokens(self, problem: Problem, probe: Tensor, moved: Tensor, strength: float,
                    step: float) -> tuple[dict[str, Tensor], float, float]:
         """The penalty's gradient, value and cost, r being the largest rate of each sample's tokens."""
