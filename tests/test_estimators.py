@@ -218,7 +218,7 @@ def test_conjugate_nudges_give_conjugate_states_and_aliasing_tells_the_radius():
     problem = estimators.Problem(model, inputs, targets, model.clamp(inputs).detach(), model.settle(inputs, TIGHT).value)
     nudges = 0.05 * torch.exp(2j * torch.pi * torch.arange(4, dtype=torch.float64) / 4)[None]
     with torch.no_grad():
-        states = estimators.contrast(problem, nudges, nudges.conj(), NUDGED, None, 1)[1]
+        states = estimators.contrast(problem, nudges, nudges.conj(), NUDGED, None, 1).phase.value
     assert torch.allclose(states[:, 1], states[:, 3].conj(), atol=1e-10) and states[:, 1].imag.abs().max() > 1e-4
     aliasing = []
     for radius in (0.02, 0.04):
@@ -524,10 +524,10 @@ def test_the_read_out_reuses_the_last_transposed_pass(monkeypatch):
 def test_whether_a_gradient_is_finite_is_seen_without_a_copy_of_it(odd):
     grads = {"weight": torch.ones(500, 500), "empty": torch.ones(0)}
     with LiveBytes() as counter:
-        assert estimators._finite(grads) is grads
+        assert estimators.finite(grads) is grads
     assert counter.peak < 100
     grads["weight"][3, 5] = odd
-    assert estimators._finite(grads) is None
+    assert estimators.finite(grads) is None
 
 
 @pytest.mark.parametrize(("changes", "message"), [

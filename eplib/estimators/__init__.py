@@ -1,29 +1,25 @@
 """Estimators of the loss gradient, what calls them, and what one of your own is made of."""
 
+from .base import BACKWARD, FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Estimator, Steps
 from .baselines import FeedbackAlignment, Implicit, OneStep
-from .calls import GradientError, Report, _finite, asymmetry, at_state, gradient, summed
+from .batch import Batch
+from .calls import at_state, gradient
+from .controls import FlippedCorrection, ShuffledNudge
+from .dyadic import DyadicEP
 from .entry import second_phase
-from .horizons import BPTT, Backprop, FiniteHorizon, ForwardMode
+from .forward_mode import ForwardMode
+from .holomorphic import HolomorphicEP
+from .horizons import BPTT, Backprop, FiniteHorizon
+from .linear import asymmetric, asymmetry, linear_response
 from .loss import ep_loss
-from .nudged import (
-    BACKWARD,
-    FORCE,
-    LINEARISATION,
-    PRODUCT,
-    Adjoint,
-    Beta,
-    DerivativeError,
-    Estimator,
-    Problem,
-    Steps,
-    asymmetric,
-    contrast,
-    real_points,
-)
-from .propagation import AsymEP, DyadicEP, FlippedCorrection, HolomorphicEP, ShuffledNudge, Tracking, VectorField
+from .nudged import contrast, real_points
+from .problem import DerivativeError, Problem, trained
+from .propagation import AsymEP, VectorField
+from .report import GradientError, Report, finite, summed
+from .tracking import Tracking
 
-__all__ = ["BACKWARD", "BPTT", "FORCE", "LINEARISATION", "PRODUCT", "Adjoint", "AsymEP", "Backprop", "Beta", "DerivativeError",
-           "DyadicEP", "Estimator", "FeedbackAlignment", "FiniteHorizon", "FlippedCorrection", "ForwardMode", "GradientError",
-           "HolomorphicEP", "Implicit", "OneStep", "Problem", "Report", "ShuffledNudge", "Steps", "Tracking", "VectorField",
-           "_finite", "asymmetric", "asymmetry", "at_state", "contrast", "ep_loss", "gradient", "real_points",
-           "second_phase", "summed"]
+__all__ = ["BACKWARD", "BPTT", "FORCE", "LINEARISATION", "PRODUCT", "Adjoint", "AsymEP", "Backprop", "Batch", "Beta",
+           "ByAdjoint", "DerivativeError", "DyadicEP", "Estimator", "FeedbackAlignment", "FiniteHorizon", "FlippedCorrection",
+           "ForwardMode", "GradientError", "HolomorphicEP", "Implicit", "OneStep", "Problem", "Report", "ShuffledNudge",
+           "Steps", "Tracking", "VectorField", "asymmetric", "asymmetry", "at_state", "contrast", "ep_loss", "finite",
+           "gradient", "linear_response", "real_points", "second_phase", "summed", "trained"]

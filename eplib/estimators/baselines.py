@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..config import configuration
 from ..solvers import Solver, norm
-from .nudged import FORCE, PRODUCT, Adjoint, Estimator, Problem, Steps
+from .base import FORCE, PRODUCT, Adjoint, ByAdjoint, Steps
+from .problem import Problem
 
 
 @configuration
-class Implicit(Estimator):
+class Implicit(ByAdjoint):
     """Implicit differentiation: solves J^T a = -g with any solver, J^T by autograd (Bai et al. 2019).
 
     `nudged=solvers.Anderson()` makes it GMRES-like. Independent of the hand-written linearisation, so it checks it.
@@ -28,22 +29,22 @@ class Implicit(Estimator):
             return torch.autograd.grad(push, state, a, retain_graph=True)[0] + problem.slope
 
         phase = solver.solve(force, torch.zeros_like(problem.slope), lambda f, _: norm(f) / problem.scale)
-        return Adjoint(phase.value, phase, None, FORCE + PRODUCT * phase.evaluations)
+        return Adjoint(phase.value, phase, evaluations=FORCE + PRODUCT * phase.evaluations)
 
 
 @configuration
-class OneStep(Estimator):
+class OneStep(ByAdjoint):
     """One-step gradient: J^-T taken as -1, a = g; backpropagation through the last application of the block only (Fung et al.
     2022)."""
 
     second_phase = False
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        return Adjoint(problem.slope, None, None, 0)
+        return Adjoint(problem.slope)
 
 
 @configuration
-class FeedbackAlignment(Estimator):
+class FeedbackAlignment(ByAdjoint):
     """Direct feedback alignment: a = e R, the error e = dl/dlogits through a fixed random matrix (Nokland 2016).
 
     R, one for each layer of the state, has entries of variance 1 / C, is drawn from seed 0 at the first call and carried in the
@@ -64,4 +65,4 @@ class FeedbackAlignment(Estimator):
         if error.dim() == 2:  # one error for the image, shared by its tokens
             error = error.unsqueeze(1) / z.shape[-2]
         error = error.view(error.shape[0], *(1,) * (z.dim() - 3), *error.shape[1:])
-        return Adjoint((error @ problem.carried["feedback"]).expand_as(z), None, None, 0)
+        return Adjoint((error @ problem.carried["feedback"]).expand_as(z))

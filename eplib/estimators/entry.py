@@ -39,8 +39,8 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
 
 
 def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend,
-          penalties: tuple = ()) -> None:
-    """Raises ValueError or TypeError where model, batch, estimator, backend and penalties do not fit."""
+          penalties: tuple = (), start: Tensor | LinearStart | None = None) -> None:
+    """Raises ValueError or TypeError where model, batch, estimator, backend, penalties and start do not fit."""
     refuse_hooked_wrapper(model.block)
     if torch.is_inference_mode_enabled() or inputs.is_inference() or targets.is_inference():
         raise ValueError("autograd cannot record under torch.inference_mode, or from tensors made there: call gradient outside "
@@ -67,6 +67,9 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
                         "relaxation")
     if estimator.explicit and penalties:
         raise ValueError(f"{block} has no dynamics that {type(penalties[0]).__name__} could act on; leave penalties out")
+    if start is not None and not estimator.equilibrium:
+        raise ValueError(f"{name} begins at the block's own start state, so start={type(start).__name__} would do nothing; leave "
+                         "it out")
     if backend == "compiled" and not estimator.compiled:
         raise ValueError(f"the compiled kernel computes nothing of {name}; use backend=\"torch\"")
     refuse_lost_graph(model, inputs)
@@ -123,13 +126,6 @@ def refuse_lost_graph(model: EquilibriumModel, inputs: Tensor) -> None:
     if not force.requires_grad or torch.autograd.grad(force, state, torch.ones_like(force), allow_unused=True)[0] is None:
         raise looks.error("has no graph to the state: it is detached, or computed under torch.no_grad")
     _SEEN.add(block)
-
-
-def refuse_start(estimator: Any, start: Tensor | LinearStart | None) -> None:
-    """Raises ValueError for a start given to an estimator whose steps begin at the block's own."""
-    if start is not None:
-        raise ValueError(f"{type(estimator).__name__} begins at the block's own start state, so start={type(start).__name__} "
-                         "would do nothing; leave it out")
 
 
 def first_state(start: Tensor | LinearStart | None, block: Any, x: Tensor, carried: dict[str, Tensor]) -> Tensor | None:

@@ -1,26 +1,34 @@
-"""Gradients of the loss after a finite number of solver steps, settled or not: what equilibrium propagation is compared
-with."""
+"""Gradients of the loss after a finite number of steps, settled or not: what equilibrium propagation is compared with."""
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from ..config import configuration
-from ..models import Backend, EquilibriumModel
+from ..models import EquilibriumModel
 from ..solvers import Solution, Solver, Status, norm, relative_force
-from .nudged import BACKWARD, FORCE, Estimator, Problem, Steps
+from .base import BACKWARD, FORCE, Estimator, Steps
+from .batch import Batch
+from .problem import trained
+from .report import Report, finite
 
-Differentiated = tuple[float, dict[str, Tensor] | None, Tensor]  # loss, gradient (None if the loss is not finite), last state
+
+class Unrolled(NamedTuple):
+    """Mean loss, its gradient {parameter name: tensor} (None if the loss is not finite), and the last state (B, ...)."""
+
+    loss: float
+    grads: dict[str, Tensor] | None
+    state: Tensor
 
 
 class FiniteHorizon(Estimator):
-    """What these estimators share: no equilibrium, so no second phase, and plain steps of the solver's size from the block's
-    own start."""
+    """An estimator without an equilibrium: plain steps of the solver's size from the block's own start, and no second phase. Of
+    the solver only its step counts, and its tol for the status of the report's free state, the last one."""
 
     equilibrium = second_phase = False
+    steps: int = 1
 
     def cost(self, model: EquilibriumModel) -> int:
         """In force evaluations."""
@@ -30,23 +38,36 @@ class FiniteHorizon(Estimator):
         """The last state, with the graph that leads to it."""
         raise NotImplementedError
 
-    def differentiate(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
-                      dynamics: Any) -> Differentiated:
+    def differentiate(self, batch: Batch, solver: Solver) -> Unrolled:
         """By PyTorch, through a graph of everything that `unroll` computes."""
+        model, parameters = batch.model, trained(batch.model)
         with torch.enable_grad():
-            z = self.unroll(model, model.clamp(inputs), solver)
-            total = model.loss(model.block.output(z), targets).mean()
-            grads = named_gradient(model, total) if total.isfinite() else None
-        return total.item(), grads, z.detach()
+            z = self.unroll(model, model.clamp(batch.inputs), solver)
+            total = model.loss(model.block.output(z), batch.targets).mean()
+            if not total.isfinite():
+                return Unrolled(total.item(), None, z.detach())
+            grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return Unrolled(total.item(), dict(zip(parameters, grads, strict=True)), z.detach())
+
+    def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
+        loss, grads, state = self.differentiate(batch, solver)
+        if batch.model.block.explicit:
+            residual = norm(state) * 0
+        else:
+            with torch.no_grad():
+                residual = relative_force(batch.dynamics(state, batch.x), state)
+        settled = Status.CONVERGED if bool((residual <= solver.tol).all()) else Status.MAX_STEPS
+        usable = bool(residual.isfinite().all()) and math.isfinite(loss) and grads is not None
+        free = Solution(state, residual, torch.full_like(residual, self.steps, dtype=torch.long), residual * torch.nan,
+                        self.steps, settled if usable else Status.NONFINITE)
+        return Report(loss, finite(grads) if usable else None, free, None, {"force_evaluations": self.cost(batch.model)},
+                      batch.carried)
 
 
 @configuration
 class BPTT(FiniteHorizon):
-    """Backpropagation through exactly `steps` Euler steps from the block's start state; memory grows with them.
-
-    The free state of the report is the unrolled state, settled or not: the gradient is that of the finite horizon. `window`
-    truncates it to the last so many steps. Of the solver only its step counts, and its tol for the report's status.
-    """
+    """Backpropagation through exactly `steps` Euler steps from the block's start state; memory grows with them. `window`
+    truncates it to the last so many."""
 
     steps: Steps = 64
     window: Steps | None = None
@@ -54,89 +75,50 @@ class BPTT(FiniteHorizon):
     def cost(self, model: EquilibriumModel) -> int:
         return FORCE * self.steps + BACKWARD * min(self.window or self.steps, self.steps)
 
+    @property
+    def _before(self) -> int:
+        """Steps ahead of the window, -1 without one: then the start state is differentiated as well."""
+        return -1 if self.window is None else self.steps - self.window
+
     def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
-        z, cut = model.block.start(x), -1 if self.window is None else self.steps - self.window
+        z = model.block.start(x)
         with torch.no_grad():
-            for _ in range(cut):
+            for _ in range(self._before):
                 z = z + solver.step * model.block(z, x)
-        z = z if cut < 0 else z.detach()
-        for _ in range(max(0, cut), self.steps):
+        z = z if self._before < 0 else z.detach()
+        for _ in range(max(0, self._before), self.steps):
             z = z + solver.step * model.block(z, x)
         return z
 
-    def differentiate(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
-                      dynamics: Any) -> Differentiated:
-        by_hand = hasattr(dynamics, "force_and_jacobian")  # dynamics that linearise as they go
-        return (self._by_hand if by_hand else super().differentiate)(model, inputs, targets, solver, dynamics)
+    def differentiate(self, batch: Batch, solver: Solver) -> Unrolled:
+        by_hand = hasattr(batch.dynamics, "force_and_jacobian")  # dynamics that linearise as they go
+        return self._by_hand(batch, solver) if by_hand else super().differentiate(batch, solver)
 
     @torch.no_grad()
-    def _by_hand(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
-                 dynamics: Any) -> Differentiated:
+    def _by_hand(self, batch: Batch, solver: Solver) -> Unrolled:
         """By the chain rule written out, without a graph: u_k-1 = u_k + step J(z_k-1)^T u_k from u = g at the last state, each
         u_k contracted with what z_k-1 makes of the weights."""
-        x = model.clamp(inputs)
+        x, dynamics = batch.x, batch.dynamics
         z, kept, into = dynamics.start(x), [], torch.zeros_like(x)
         total: dict[str, Tensor] = {}
-        for step in range(self.steps):
-            if self.window is not None and step < self.steps - self.window:
+        for count in range(self.steps):
+            if count < self._before:
                 z = z + solver.step * dynamics(z, x)
             else:
                 push, jacobian = dynamics.force_and_jacobian(z, x)
                 kept.append(jacobian)
                 z = z + solver.step * push
-        problem = Problem(model, inputs, targets, x, z, dynamics=dynamics)
-        loss, u, _ = problem.readout
+        problem = batch.at(z)
+        u = problem.slope
         while kept:
             moved, block, to_x = kept.pop().transposed_and_contracted(u)
             for name, value in block.items():
                 total[name] = total[name].add_(value, alpha=solver.step) if name in total else solver.step * value
             into += solver.step * to_x
             u = u + solver.step * moved
-        if self.window is None or self.window > self.steps:
+        if self._before < 0:
             into += u  # the start state is x
-        return loss, problem.gradient(total, into), z
-
-
-@configuration
-class ForwardMode(FiniteHorizon):
-    """The same finite-horizon gradient by forward-mode differentiation, one tangent for each parameter (real-time recurrent
-    learning, Williams & Zipser 1989). Nothing is stored over time, but the cost grows with the number of parameters: small
-    systems only."""
-
-    steps: Steps = 64
-    compiled = False
-
-    def cost(self, model: EquilibriumModel) -> int:
-        """In force evaluations: the state once apart and once under the tangents, of which each takes a product a step."""
-        return FORCE * self.steps * (2 + sum(value.numel() for value in _trained(model).values()))
-
-    @torch.no_grad()
-    def differentiate(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
-                      dynamics: Any) -> Differentiated:
-        unrolled = _Unrolled(model, self.steps, solver)
-        loss, z = unrolled(inputs, targets)
-        if not loss.isfinite():
-            return loss.item(), None, z
-
-        def score(values: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(unrolled, {f"model.{name}": value for name, value in values.items()},
-                                              (inputs, targets))[0]
-
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
-            values = {name: value.detach() for name, value in _trained(model).items()}
-            return loss.item(), torch.func.jacfwd(score)(values), z
-
-
-class _Unrolled(nn.Module):
-    """(inputs, targets) -> mean loss and state after so many steps, for `torch.func`."""
-
-    def __init__(self, model: EquilibriumModel, steps: int, solver: Solver):
-        super().__init__()
-        self.model, self.steps, self.solver = model, steps, solver
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        z = BPTT(steps=self.steps).unroll(self.model, self.model.clamp(inputs), self.solver)
-        return self.model.loss(self.model.block.output(z), targets).mean(), z
+        return Unrolled(problem.readout.loss, problem.gradient(total, into), z)
 
 
 @configuration
@@ -152,33 +134,3 @@ class Backprop(FiniteHorizon):
 
     def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
         return model.block.start(x)
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-
-def named_gradient(model: EquilibriumModel, total: Tensor) -> dict[str, Tensor]:
-    """Gradient of a scalar in every parameter that requires one, zero where it does not enter."""
-    trained = _trained(model)
-    grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(trained, grads, strict=True))
-
-
-def finite_horizon(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: FiniteHorizon, solver: Solver,
-                   backend: Backend = "torch") -> tuple[float, dict[str, Tensor] | None, Solution]:
-    """Loss, gradient (None if the loss or the last state is not finite) and last state after a finite number of steps. In the
-    compiled backend BPTT is computed by hand."""
-    dynamics = model.dynamics(backend)
-    loss, grads, state = estimator.differentiate(model, inputs, targets, solver, dynamics)
-    if model.block.explicit:
-        residual = norm(state) * 0
-    else:
-        with torch.no_grad():
-            residual = relative_force(dynamics(state, model.clamp(inputs)), state)
-    taken = getattr(estimator, "steps", 1)
-    finite = bool(residual.isfinite().all()) and math.isfinite(loss) and grads is not None
-    status = Status.NONFINITE if not finite else (
-        Status.CONVERGED if bool((residual <= solver.tol).all()) else Status.MAX_STEPS)
-    steps = torch.full_like(residual, taken, dtype=torch.long)
-    return loss, grads if finite else None, Solution(state, residual, steps, residual * torch.nan, taken, status)

@@ -9,8 +9,9 @@ from torch import Tensor
 from ..models import Backend, EquilibriumModel
 from ..solvers import Solver
 from ..starts import LinearStart
-from .calls import Report, gradient
-from .nudged import Estimator
+from .base import Estimator
+from .calls import gradient
+from .report import Report
 
 
 class _Estimated(torch.autograd.Function):

@@ -1,0 +1,81 @@
+"""What an estimator is, and what it uses of what `gradient` offers."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..families import Family
+from ..solvers import Solution, Solver
+from .batch import Batch
+from .problem import Problem
+from .report import Report, finite
+
+# The unit of cost is a force evaluation of the whole batch, wherever cost is counted. A linearisation, and a product with J or
+# J^T however it is computed, count as one; a backward pass through a graph as two for each of these in it, and so does the
+# contraction <a, dF/dtheta>. The readout and the embedding are outside the dynamics and do not count.
+FORCE = LINEARISATION = PRODUCT = 1
+BACKWARD = 2
+
+Steps = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(gt=0)]
+
+
+class Estimator(Family):
+    """How the gradient is found. One of your own is a `@configuration` that overrides `gradient`, or of `ByAdjoint` one that
+    overrides `adjoint`, and the attributes of the class that differ.
+
+    equilibrium: it needs a settled free phase. second_phase: a solver solves a nudged or adjoint phase for it, in at most
+    `steps`, which it then has. compiled: the compiled kernel computes something of it. explicit: it is for blocks whose start
+    state is the answer. rounds: its second phase may begin in half precision, which two states to be contrasted may not.
+    """
+
+    equilibrium = second_phase = compiled = True
+    explicit = rounds = False
+
+    def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
+        """The task's part of the report. solver: of the free phase; nudged: of the second one, None where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has no gradient; override it, or inherit from estimators.ByAdjoint "
+                                  "and override adjoint")
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """a (B, ...) = -J^-T g as an estimator found it, the phase it came from, the largest displacement ||z_beta - z*|| / ||z*||
+    of each sample (B,), the cost in force evaluations but for the linearisation at the free state, and what else was
+    measured."""
+
+    value: Tensor
+    phase: Solution | None = None
+    displacement: Tensor | None = None
+    evaluations: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+class ByAdjoint(Estimator):
+    """An estimator that finds an adjoint state at a settled free phase; what is read out with it is the same for all."""
+
+    def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
+        """The adjoint state. solver: of the second phase, that of the free phase where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has no adjoint; override it")
+
+    def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
+        """d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b at the free state: of the block's weights sums of outer products of
+        quantities local to each weight, where its derivative is written by hand (`calculus`)."""
+        free = batch.settle(solver)
+        measured: dict[str, float] = {"force_evaluations": free.evaluations}
+        if not free.status.usable:
+            return Report(math.nan, None, free, None, measured, batch.carried)
+        problem = batch.at(free.value)
+        with torch.no_grad():
+            found = self.adjoint(problem, nudged or solver)
+            usable, grads = found.phase is None or found.phase.status.usable, None
+            if usable:  # contracted with the very tensor that the solver returned: its pass may be kept
+                grads = finite(problem.gradient(*problem.jacobian.contract(found.value)))
+        measured["force_evaluations"] += found.evaluations + BACKWARD * usable
+        if found.displacement is not None:
+            measured["displacement"] = found.displacement.max().item()
+        return Report(problem.readout.loss, grads, free, found.phase, found.measured | measured, batch.carried, found.value)
