@@ -68,8 +68,8 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
     if estimator.explicit and penalties:
         raise ValueError(f"{block} has no dynamics that {type(penalties[0]).__name__} could act on; leave penalties out")
     if start is not None and not estimator.equilibrium:
-        raise ValueError(f"{name} begins at the block's own start state, so start={type(start).__name__} would do nothing; leave "
-                         "it out")
+        raise ValueError(f"{name} begins at the block's own start state, so start={type(start).__name__} would do nothing; "
+                         "leave it out")
     if backend == "compiled" and not estimator.compiled:
         raise ValueError(f"the compiled kernel computes nothing of {name}; use backend=\"torch\"")
     refuse_lost_graph(model, inputs)
