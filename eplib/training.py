@@ -165,7 +165,7 @@ class Trainer:
         """Cosine and norm ratio of the step's gradient against the linear response's (of the linear response's against that of
         two trajectories), over block and embeddings and in each parameter group, and the audit's force evaluations. Both are
         taken at the step's own free state, their second phases solved alike."""
-        linear = isinstance(estimator, DyadicEP) and estimator.held
+        linear = estimator.linear
         other = at_state(self.model, inputs, targets, report.free.value, AsymEP(beta=AUDIT_BETA) if linear else DyadicEP(),
                          self.config.second, backend=self.backend)
         found = {"audit_evaluations": other.measured["force_evaluations"]}

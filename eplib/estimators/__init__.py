@@ -1,17 +1,27 @@
 """Estimators of the loss gradient, what calls them, and what one of your own is made of."""
 
-from .base import BACKWARD, FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Estimator, Steps
+from .base import (
+    BACKWARD,
+    FORCE,
+    LINEARISATION,
+    PRODUCT,
+    Adjoint,
+    Beta,
+    ByAdjoint,
+    Estimator,
+    Steps,
+    asymmetric,
+    asymmetry,
+    linear_response,
+)
 from .baselines import FeedbackAlignment, Implicit, OneStep
 from .batch import Batch
-from .calls import at_state, gradient
+from .calls import at_state, ep_loss, gradient
 from .controls import FlippedCorrection, ShuffledNudge
 from .dyadic import DyadicEP
 from .entry import second_phase
-from .forward_mode import ForwardMode
 from .holomorphic import HolomorphicEP
-from .horizons import BPTT, Backprop, FiniteHorizon
-from .linear import asymmetric, asymmetry, linear_response
-from .loss import ep_loss
+from .horizons import BPTT, Backprop, FiniteHorizon, ForwardMode
 from .nudged import contrast, real_points
 from .problem import DerivativeError, Problem, trained
 from .propagation import AsymEP, VectorField

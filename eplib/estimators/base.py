@@ -1,15 +1,15 @@
-"""What an estimator is, and what it uses of what `gradient` offers."""
+"""What an estimator is, and what many of them are made of: the linear response, the antisymmetric part of J."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..families import Family
-from ..solvers import Solution, Solver
+from ..solvers import Solution, Solver, norm
 from .batch import Batch
 from .problem import Problem
 from .report import Report, finite
@@ -31,10 +31,11 @@ class Estimator(Family):
     equilibrium: it needs a settled free phase. second_phase: a solver solves a nudged or adjoint phase for it, in at most
     `steps`, which it then has. compiled: the compiled kernel computes something of it. explicit: it is for blocks whose start
     state is the answer. rounds: its second phase may begin in half precision, which two states to be contrasted may not.
+    linear: its adjoint state is the linear response, which audits of the others compare them with.
     """
 
     equilibrium = second_phase = compiled = True
-    explicit = rounds = False
+    explicit = rounds = linear = False
 
     def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
         """The task's part of the report. solver: of the free phase; nudged: of the second one, None where there is none."""
@@ -79,3 +80,24 @@ class ByAdjoint(Estimator):
         if found.displacement is not None:
             measured["displacement"] = found.displacement.max().item()
         return Report(problem.readout.loss, grads, free, found.phase, found.measured | measured, batch.carried, found.value)
+
+
+def linear_response(jacobian: Any, problem: Problem, solver: Solver) -> Adjoint:
+    """The adjoint state by J^T a = -g, one transposed product a step."""
+    phase = solver.adjoint(jacobian, problem.slope, problem.scale)
+    return Adjoint(phase.value, phase, evaluations=PRODUCT * phase.evaluations)
+
+
+def asymmetric(jacobian: Any, away: Tensor) -> Tensor:
+    """(J - J^T) applied to states (B, K, ...), to real and imaginary parts apart."""
+    if away.is_complex():
+        both = asymmetric(jacobian, torch.cat([away.real, away.imag], 1))
+        return torch.complex(*both.chunk(2, 1))
+    return jacobian.product(away) - jacobian.transposed(away)
+
+
+def asymmetry(jacobian: Any, v: Tensor) -> float:
+    """||J v - J^T v|| / ||J v||, the largest of the batch: along the adjoint state, what the correction acts on."""
+    with torch.no_grad():
+        moved = jacobian.product(v)
+        return (norm(moved - jacobian.transposed(v)) / norm(moved).clamp_min(torch.finfo(v.dtype).tiny)).max().item()

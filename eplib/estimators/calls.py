@@ -1,8 +1,10 @@
-"""One gradient for each parameter: what calls the estimators and the penalties."""
+"""What calls the estimators and the penalties: a gradient as a report, or as a scalar that PyTorch differentiates."""
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models import Backend, EquilibriumModel
@@ -51,6 +53,39 @@ def at_state(model: EquilibriumModel, inputs: Tensor, targets: Tensor, state: Te
         raise ValueError(f"{name} has a second phase; give nudged, the solver of it")
     return gradient(model, inputs, targets, estimator=estimator, solver=FixedHorizon(steps=0), nudged=nudged, state=carried,
                     start=state, backend=backend)
+
+
+class _Estimated(torch.autograd.Function):
+    """(report, its total gradient, the parameters of that) -> mean loss, whose derivative in the parameters is as given."""
+
+    @staticmethod
+    def forward(ctx: Any, report: Report, total: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*total)
+        return report.free.value.new_tensor(report.loss)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True, which would take the gradient for a constant
+            raise RuntimeError("the gradient of ep_loss has no derivative of its own; differentiate without create_graph=True")
+        return None, None, *(incoming * value for value in ctx.saved_tensors)
+
+
+def ep_loss(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
+            nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None,
+            start: Tensor | LinearStart | None = None, backend: Backend = "torch") -> tuple[Tensor, Report]:
+    """The mean loss, a scalar whose `backward()` gives every parameter the estimator's gradient, and the report of it.
+
+    The arguments are those of `gradient`, which is called at once: the gradient is that at the weights of the call, the sum of
+    the task's and the penalties' (`Report.total`) times the gradient that comes in, and torch.autograd accumulates it. The
+    scalar's value is the task's loss alone, comparable with and without penalties. The report is returned beside it, since an
+    attribute of the tensor would be lost with its first operation. There is no second derivative (RuntimeError for
+    create_graph=True), and under torch.no_grad none at all. Raises as `gradient` does, and `GradientError` where a phase
+    diverged.
+    """
+    report = gradient(model, inputs, targets, estimator=estimator, solver=solver, nudged=nudged, penalties=penalties,
+                      state=state, start=start, backend=backend)
+    total, parameters = report.total(), dict(model.named_parameters())
+    return _Estimated.apply(report, list(total.values()), *(parameters[name] for name in total)), report
 
 
 def _penalised(report: Report, problem: Problem, penalties: tuple, step: float) -> Report:

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from ..config import configuration
 from ..solvers import Solver
-from .base import Adjoint, Beta, ByAdjoint, Steps
-from .linear import linear_response
+from .base import Adjoint, Beta, ByAdjoint, Steps, linear_response
 from .nudged import corrected, real_points
 from .problem import Problem
 

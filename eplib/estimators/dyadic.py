@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ..config import configuration
 from ..solvers import Solver, norm
-from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Steps
-from .linear import linear_response
+from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Steps, linear_response
 from .problem import Problem
 
 
@@ -34,8 +33,10 @@ class DyadicEP(ByAdjoint):
         return self
 
     @property
-    def rounds(self) -> bool:  # type: ignore[override]  # of the class it is a constant
+    def linear(self) -> bool:  # type: ignore[override]  # of the class it is a constant
         return self.held
+
+    rounds = linear
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         if self.beta is None:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution, Solver, norm
-from .base import FORCE, LINEARISATION, PRODUCT, Adjoint
-from .linear import asymmetric
+from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, asymmetric
 from .problem import Problem
 from .rounds import Rounds
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Differences, Solution, Solver, Status
-from .base import FORCE, PRODUCT
-from .linear import asymmetric
+from .base import FORCE, PRODUCT, asymmetric
 from .problem import Problem
 
 

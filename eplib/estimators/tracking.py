@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..config import configuration
 from ..solvers import Solver
-from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Steps
-from .linear import asymmetric, linear_response
+from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Steps, asymmetric, linear_response
 from .nudged import contrast, real_points
 from .problem import Problem
 
