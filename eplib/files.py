@@ -18,7 +18,14 @@ def _host() -> str:
     return f"{name}-{namespace.stat().st_ino}" if namespace.exists() else name
 
 
-HOST = _host()
+def _root() -> Path:
+    """The repository's folder: at or above the working directory, whatever is installed; else the one this package is in."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "pipelines" / "profiles").is_dir()),
+                Path(__file__).resolve().parent.parent)
+
+
+HOST, ROOT = _host(), _root()
 _COUNT = itertools.count()  # of the temporary files of this process: two threads may write one file
 
 

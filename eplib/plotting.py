@@ -148,7 +148,7 @@ def reference(ax: Axes, y: float, text: str, *, comparable: bool) -> None:
 
 
 def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = True, *, root: Path = ROOT) -> Path | None:
-    """Write figures/<profile>/<experiment>/<name>.pdf, .svg and .png, the same bytes each time, and return the path of
+    """Write figures/<profile>/<experiment>/<name>.pdf and .svg, the same bytes each time, and return the path of
     the SVG.
 
     `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC
@@ -160,7 +160,7 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
         import matplotlib.pyplot as plt
 
         plt.close(fig)
-        for kind in ("pdf", "svg", "png"):
+        for kind in ("pdf", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
         print(f"{name}: no run recorded")
         return None
@@ -169,7 +169,7 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
             0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10
         )
     folder.mkdir(parents=True, exist_ok=True)
-    dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+    dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}}
     with mpl.rc_context({"svg.hashsalt": f"{name_of(profile)}/{name}"}):
         for kind, metadata in dates.items():
             fig.savefig(folder / f"{name}.{kind}", metadata=metadata, facecolor="white")

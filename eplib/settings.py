@@ -9,9 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .files import read_yaml
+from .files import ROOT, read_yaml
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOK = ("label", "colour", "line")  # what an arm says of its looks; the rest of it is configuration
 # seaborn's palette "colorblind" (after Okabe and Ito), written out: importing seaborn takes longer than most
 # notebooks' figures.

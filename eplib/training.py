@@ -168,7 +168,9 @@ class Trainer:
         linear = estimator.linear
         other = at_state(self.model, inputs, targets, report.free.value, AsymEP(beta=AUDIT_BETA) if linear else DyadicEP(),
                          self.config.second, backend=self.backend)
-        found = {"audit_evaluations": other.measured["force_evaluations"]}
+        found = {"audit_evaluations": other.measured["force_evaluations"],
+                 "audit_residual": report.free.residual.max().item(),
+                 "audit_displacement": report.measured.get("displacement", math.nan)}
         if report.grads is not None and other.grads is not None:
             total = agreement(without_readout(report.grads), without_readout(other.grads))["total"]
             found |= {"audit_cosine": total.cosine, "audit_ratio": total.ratio}

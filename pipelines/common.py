@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eplib import settings
-from eplib.files import read_yaml
+from eplib.files import ROOT, read_yaml
 from eplib.files import write_atomically as write_text  # noqa: F401  (for the modules of this package)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class PipelineError(Exception):

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
               "train it here with python -m pipelines.train", file=sys.stderr)
         return 1
     for run in chosen:
-        rows = run.recorded_horizon or run.record_horizon(options.steps, store.root / "data")
+        rows = run.recorded_horizon or run.record_horizon(options.steps)
         if [row["steps"] for row in rows] != list(options.steps):
             print(f"{run.config.name}: recorded before at other horizons, shown as they are; remove horizon.json of the run to "
                   "measure again", flush=True)

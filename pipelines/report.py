@@ -142,7 +142,7 @@ def table(name: str, value: dict[str, Any]) -> str:
 
 def figure(name: str, where: dict[str, str]) -> str:
     """A figure of the report's folder as HTML, with links to its PDF and SVG."""
-    links = " · ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("pdf", "svg", "png"))
+    links = " · ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("pdf", "svg"))
     return (
         f'<figure><img src="figures/{name}.svg" alt="Figure {name}"><figcaption>{name} · {links}</figcaption></figure>'
     )
@@ -238,7 +238,7 @@ def build(profile: str, root: Path = ROOT) -> Path:
     (draft / "figures").mkdir(parents=True)
     for value in (machine["figures"] | content["figures"]).values():
         source = root / value["path"].lstrip("/")
-        for kind in (".pdf", ".svg", ".png"):
+        for kind in (".pdf", ".svg"):
             shutil.copy(source.with_suffix(kind), draft / "figures")
     write_text(draft / "index.html", index_page(profile, list(executed), content, machine))
     shutil.rmtree(final, ignore_errors=True)

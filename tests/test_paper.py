@@ -77,7 +77,7 @@ def fill(root: Path, profile: str = "quick") -> None:
     plotting.seeds(ax, [0, 1], [[1.0, 0.5], [1.0, 0.6]], "ep")
     drawn = plotting.save(fig, "F1", profile, "gradients", root=root)
     for name, figures in FIGURES.items():
-        for kind in (".pdf", ".svg", ".png"):
+        for kind in (".pdf", ".svg"):
             for key in figures:
                 place = root / "figures" / profile / name / f"{key}{kind}"
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def draw(root: Path, profile: str) -> Path:
 
 def test_a_figure_has_the_same_bytes_each_time_and_no_date(tmp_path):
     first, second = draw(tmp_path / "a", "quick"), draw(tmp_path / "b", "quick")
-    assert digests(first) == digests(second) and len(digests(first)) == 3
+    assert digests(first) == digests(second) and len(digests(first)) == 2
     assert (
         b"CreationDate" not in (first / "F1.pdf").read_bytes() and b"<dc:date>" not in (first / "F1.svg").read_bytes()
     )

@@ -3,8 +3,11 @@
 import gzip
 import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +22,8 @@ from scipy import stats
 
 from eplib import data, diagnostics, profiles
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
+from eplib.estimators import OneStep
+from eplib.solvers import FixedHorizon
 from eplib.store import formats, records
 from eplib.store.records import Run, Store, configurations
 from eplib.training import Optimiser, OutOfTime, RunConfig
@@ -81,9 +86,35 @@ def test_results_say_nothing_of_time_or_machine(recorded):
     read = {".gz": lambda path: gzip.decompress(path.read_bytes()).decode()}
     words = "".join(read.get(path.suffix, Path.read_text)(path) for path in run.folder.iterdir())
     assert "seconds" not in words and str(store.root) not in words
-    assert run.seconds.shape == (run.config.steps,) and (run.seconds > 0).all()
+    assert run.seconds.shape == run.curve["step"].shape and run.seconds[-1] == pytest.approx(machine["seconds"])
     shutil.rmtree(store.results / "machine")
     assert store.find(run.config).seconds is None
+
+
+def test_the_log_of_every_step_stays_beside_the_weights_and_is_missed_by_nobody(root):
+    """1,600 steps: git gets windows of three, from the very rows that stay here."""
+    whole = config(steps=1600, keep=(), penalties=(), solver=FixedHorizon(steps=1), estimator=OneStep(), evaluate_every=800,
+                   optimiser=Optimiser(lr=1e-3))
+    run = Store("x", root).run(whole)
+    assert len(run.log["step"]) == 534 and run.log["step"][-1] == 1600 == len(run.full_log["step"])
+    assert run.full_log["force_evaluations"].sum() == run.log["force_evaluations"].sum() == run.metrics["force_evaluations"]
+    assert run.full_log["loss"][:3].mean() == pytest.approx(run.log["loss"][0], rel=1e-7)
+    spent = run.full_log["force_evaluations"][:800].sum()
+    assert run.curve["force_evaluations"].tolist() == [spent, run.metrics["force_evaluations"]]
+    shutil.rmtree(run.weights_folder)
+    fresh = Store("x", root).find(whole)
+    assert fresh.full_log is None and fresh.log["step"][-1] == 1600
+
+
+def test_the_repository_is_where_one_works_wherever_the_package_is_installed(tmp_path):
+    site, elsewhere = tmp_path / "site-packages" / "eplib", tmp_path / "elsewhere"
+    site.mkdir(parents=True)
+    elsewhere.mkdir()
+    shutil.copy(REPOSITORY / "eplib" / "files.py", site)
+    for folder, expected in ((REPOSITORY, REPOSITORY), (REPOSITORY / "notebooks", REPOSITORY), (elsewhere, site.parent)):
+        found = subprocess.run([sys.executable, "-c", "from eplib.files import ROOT; print(ROOT)"], cwd=folder, text=True,
+                               env=os.environ | {"PYTHONPATH": str(site.parent)}, capture_output=True, check=True)
+        assert found.stdout.strip() == str(expected)
 
 
 def test_key_order_does_not_matter(root):
@@ -100,8 +131,7 @@ def test_key_order_does_not_matter(root):
 
 def test_weights_are_given_back_in_the_model_or_missed_with_instructions(recorded, root):
     _, run, wanted = recorded
-    data = root / "data"
-    last, first = run.model(root=data), run.model(1, root=data)
+    last, first = run.model(), run.model(1)
     assert not torch.equal(last.readout.weight, first.readout.weight)
     solution = last.settle(torch.zeros(1, 8, dtype=torch.long), wanted.solver)
     assert solution.value.isfinite().all() and run.has_weights() and run.has_weights(1) and not run.has_weights(3)
@@ -109,12 +139,12 @@ def test_weights_are_given_back_in_the_model_or_missed_with_instructions(recorde
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(Exception, match=r"(?i)incomplete|invalid"):
-        run.model(root=data)
+        run.model()
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"step 2 are not at .*step-000002.*train the run here, or add the step"):
-        run.model(root=data)
+        run.model()
     with pytest.raises(FileNotFoundError, match="step 7"):
-        run.model(7, root=data)
+        run.model(7)
 
 
 def test_a_run_without_its_metrics_does_not_count(recorded):
@@ -182,14 +212,13 @@ def test_recorded_runs_and_pruning(root):
 
 # --- what is written
 
-def test_numbers_that_json_cannot_hold_become_null(tmp_path, monkeypatch):
+def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     values = {1: (math.nan, -math.inf, 1.5), "b": [np.float32(2), np.int64(3), np.float64("nan"), None, True, "x"]}
     assert formats.finite(values) == {"1": [None, None, 1.5], "b": [2.0, 3, None, None, True, "x"]}
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    path = records.save_result("x", "tiny", "table", {"rows": [[math.nan, "é"]]})
+    path = records.save_result("x", "tiny", "table", {"rows": [[math.nan, "é"]]}, tmp_path)
     assert path == tmp_path / "results" / "x" / "tiny" / "table.json"
     assert json.loads(path.read_text()) == {"rows": [[None, "é"]]} and path.read_text().endswith("}\n")
-    machine = json.loads(records.save_machine("x", "cost", {"seconds": 1.0}).read_text())
+    machine = json.loads(records.save_machine("x", "cost", {"seconds": 1.0}, tmp_path).read_text())
     assert machine["seconds"] == 1.0 and machine["machine"]["threads"] >= 1
     assert list(tmp_path.rglob("*.partial")) == []
 
@@ -218,7 +247,7 @@ def test_a_loss_that_is_not_finite_is_recorded_as_null(root, monkeypatch):
     run = Store("x", root).run(config())
     assert run.metrics["final"]["loss"] is None and run.metrics["best_loss"] is None
     assert run.metrics["excursions"] == run.metrics["skipped"] == 5 and run.metrics["first_excursion"] == 2
-    assert np.isnan(run.log["loss"][1:]).all() and run.log["status"][1] == "nonfinite"
+    assert np.isnan(run.log["loss"][1:]).all() and run.log["status_nonfinite"].tolist() == [0, 1, 1, 1, 1, 1]
 
 
 def test_arms_are_compared_at_their_best_rate_and_seed_by_seed():
@@ -332,7 +361,9 @@ def test_every_recorded_run_of_the_paper_profile_is_one_that_it_names():
     for folder in recorded:
         found = parse(RunConfig, json.loads((folder / "config.json").read_text()), str(folder))
         assert folder.name == f"{found.name}-{digest(sparse(found))}"
-        assert wanted[folder.parent.name, folder.name] == found and store.find(found)
+        assert wanted[folder.parent.name, folder.name] == found and (run := store.find(found))
+        assert {"without_gradient", "force_evaluations", "training", "baselines"} <= run.metrics.keys()
+        assert {"settled", "excursions"} <= run.metrics["final"].keys() and (folder / "log.csv.gz").stat().st_size < 50_000
     for folder in (store.results / "machine" / "runs").glob("*/*"):
         assert (folder.parent.name, folder.name) in wanted
 
@@ -427,6 +458,7 @@ def test_a_budget_that_ends_gives_status_3_and_the_next_call_goes_on(command, ro
 
     def late(trainer, deadline, show):
         trainer._step()
+        trainer.progress.seconds.append(0.1)
         trainer._save()
         assert 0 < deadline - time.monotonic() < 600
         raise OutOfTime("stopped at step 1 of 2")
@@ -460,30 +492,29 @@ def test_ranks_are_those_of_scipy():
 def test_text_is_generated_from_a_stored_checkpoint_and_travels_with_a_run_whose_profile_asks_for_it(recorded, root):
     _, run, wanted = recorded
     assert run.sample is None  # profile x asks for none
-    data_folder = root / "data"
-    drawn = run.generate("The king", 12, root=data_folder)
-    assert drawn == run.generate("The king", 12, root=data_folder) and len(drawn) == 20 and drawn.startswith("The king")
-    assert len({run.generate("The king", 12, seed=seed, root=data_folder) for seed in range(3)}) > 1
-    assert run.generate("The king", 12, temperature=1e-6, step=1, root=data_folder) != drawn
-    greedy = {run.generate("The king", 12, temperature=0, seed=seed, root=data_folder) for seed in range(2)}
-    likeliest = {run.generate("The king", 12, seed=seed, root=data_folder, top_k=1) for seed in range(2)}
+    drawn = run.generate("The king", 12)
+    assert drawn == run.generate("The king", 12) and len(drawn) == 20 and drawn.startswith("The king")
+    assert len({run.generate("The king", 12, seed=seed) for seed in range(3)}) > 1
+    assert run.generate("The king", 12, temperature=1e-6, step=1) != drawn
+    greedy = {run.generate("The king", 12, temperature=0, seed=seed) for seed in range(2)}
+    likeliest = {run.generate("The king", 12, seed=seed, top_k=1) for seed in range(2)}
     assert greedy == likeliest and len(greedy) == 1
     with pytest.raises(data.DataError, match="cannot encode '€'"):
-        run.generate("€", 1, root=data_folder)
+        run.generate("€", 1)
     asking = root / "pipelines" / "profiles" / "y.yaml"
     asking.write_text("profile: y\nsample: 12\nruns: {}\n")
     travelled = Store("y", root).run(wanted)
     shutil.rmtree(travelled.weights_folder)
     assert travelled.sample == drawn
     with pytest.raises(FileNotFoundError, match="train the run here"):
-        travelled.generate(root=data_folder)
+        travelled.generate()
 
 
 def test_the_horizon_of_bptt_is_measured_where_the_weights_are_and_travels_with_the_run(root, monkeypatch, capsys):
     store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
     run = store.run(wanted)
     assert run.recorded_horizon is None
-    near, far = run.horizon((1, 60), root=root / "data")
+    near, far = run.horizon((1, 60))
     assert (near["steps"], far["steps"]) == (1, 60) and far["settled"] < 1e-5
     assert far["cosine"] > 1 - 1e-6 and abs(far["ratio"] - 1) < 1e-4 and far["residual"] < 1e-5  # long: the settled gradient
     assert near["residual"] > 100 * far["residual"] and near["cosine"] < far["cosine"]
@@ -496,7 +527,7 @@ def test_the_horizon_of_bptt_is_measured_where_the_weights_are_and_travels_with_
     shutil.rmtree(run.weights_folder)
     assert run.recorded_horizon == [near, far]
     with pytest.raises(FileNotFoundError, match="train the run here"):
-        run.horizon((1,), root=root / "data")
+        run.horizon((1,))
     assert horizon.main([*ask, "1"]) == 1 and "no recorded run of tiny" in capsys.readouterr().err
     for wrong, said in ((["0"], "at least one step; got 0"), (["1", "--experiment", "none"], "has no runs for 'none'")):
         assert horizon.main([*ask, *wrong]) == 2 and said in capsys.readouterr().err

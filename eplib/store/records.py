@@ -2,7 +2,7 @@
 
     results/<profile>/runs/<experiment>/<name>-<digest>/    config.json metrics.json log.csv.gz curve.csv provenance.json
                                                             (sample.txt, horizon.json where they were asked for)
-    results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors
+    results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors log.csv.gz   (every step; stays here)
     results/<profile>/machine/runs/<experiment>/<name>-<digest>/ machine.json timing.csv   (times and host, kept apart)
 
 The digest is that of what differs from the defaults, and config.json is whole: a changed configuration, or default, never shows
@@ -20,44 +20,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..config import ConfigurationError, digest, parse, plain, sparse
-from ..diagnostics import adaptive_compute
 from ..files import leftovers, write_atomically
 from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile
 from ..provenance import machine, versions
 from ..settings import name_of
-from ..solvers import FixedHorizon, Solver, Substitution
 from ..sources import source_digest
-from ..training import EXCURSION, OutOfTime, Progress, RunConfig, Text, Trainer, evaluate, fastest_backend, show_on_terminal
+from ..training import OutOfTime, Progress, RunConfig, Text, Trainer, fastest_backend, show_on_terminal
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
 from .formats import to_csv, to_json
 from .leases import Held, holder, lease
 from .runs import PROMPT, Run
+from .summary import evaluations, summarise, windows
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
            "load_profile", "machine", "mean_loss", "save_machine", "save_result", "spread", "summarise"]
 
-NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
 RUN = re.compile(r"[a-z0-9][a-z0-9_.-]*-lr[0-9.]+(e[+-]\d+)?-seed\d+-[0-9a-f]{8}")  # the name of a run's folder
 POLL = 1.0  # seconds between two looks at a run that another process trains
-CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
 
 
-def save_result(profile: str, experiment: str, name: str, value: Any) -> Path:
+def save_result(profile: str, experiment: str, name: str, value: Any, root: Path = ROOT) -> Path:
     """Writes a notebook's result to results/<profile>/<experiment>/<name>.json; non-finite numbers become null."""
-    path = ROOT / "results" / name_of(profile) / experiment / f"{name}.json"
+    path = root / "results" / name_of(profile) / experiment / f"{name}.json"
     write_atomically(path, to_json(value))
     return path
 
 
-def save_machine(profile: str, name: str, value: Any) -> Path:
+def save_machine(profile: str, name: str, value: Any, root: Path = ROOT) -> Path:
     """Like `save_result` for times and other facts of this machine: results/<profile>/machine/<name>.json."""
-    path = ROOT / "results" / name_of(profile) / "machine" / f"{name}.json"
-    write_atomically(path, to_json(value | {"machine": machine()}))
-    return path
+    return save_result(profile, "machine", name, value | {"machine": machine()}, root)
 
 
 class Store:
@@ -111,11 +104,11 @@ class Store:
 
     def unfinished(self, config: RunConfig) -> list[Path]:
         """Folders with a checkpoint of the run, of whatever source; only today's is gone on from."""
-        return sorted(self.checkpoints.glob(f"*/{config.experiment}/{self._place(config).folder.name}"))
+        return sorted(self.checkpoints.glob(f"*/{config.experiment}/{self._place(config).name}"))
 
     def scratch(self, config: RunConfig) -> Path:
         """Where the run's checkpoint is while today's source trains it."""
-        return self.checkpoints / source_digest(config) / config.experiment / self._place(config).folder.name
+        return self.checkpoints / source_digest(config) / config.experiment / self._place(config).name
 
     def runs(self, experiment: str) -> list[Run]:
         """Every run that the profile names for an experiment, trained where absent, in the profile's order."""
@@ -129,7 +122,7 @@ class Store:
     def prune(self, experiment: str) -> list[str]:
         """Removes runs that the profile no longer names and what killed writers left; returns the runs' names. What is not a
         run's folder stays."""
-        wanted = {self._place(config).folder.name for config in configurations(self.profile, experiment, self.root)}
+        wanted = {self._place(config).name for config in configurations(self.profile, experiment, self.root)}
         gone = set()
         for part in ("runs", "weights", "machine/runs"):
             folder = self.results / part / experiment
@@ -156,7 +149,7 @@ class Store:
         run = self._record(trainer, progress, metrics, device)
         if self.sample and isinstance(config.data, Text):
             try:
-                write_atomically(run.folder / "sample.txt", run.generate(PROMPT, self.sample, root=self.root / "data"))
+                write_atomically(run.folder / "sample.txt", run.generate(PROMPT, self.sample))
             except Exception as error:  # whatever it is, it is the sample's: the run stands
                 warnings.warn(f"{config.experiment}/{config.name} is recorded without a sample of text: "
                               f"{type(error).__name__}: {error}", stacklevel=3)
@@ -171,27 +164,25 @@ class Store:
             (run.folder / name).unlink(missing_ok=True)
         for step in (*config.keep, config.steps):
             write_atomically(run.weights_folder / trainer.weights(step).name, trainer.weights(step).read_bytes())
-        elsewhere = self.results / "machine" / "runs" / config.experiment / run.folder.name
-        write_atomically(elsewhere / "timing.csv", to_csv([{"step": i + 1, "seconds": s}
-                                                          for i, s in enumerate(progress.seconds)]))
-        write_atomically(elsewhere / "machine.json", to_json(machine() | {
+        curve, timing = evaluations(progress)
+        write_atomically(run.machine_folder / "timing.csv", to_csv(timing))
+        write_atomically(run.machine_folder / "machine.json", to_json(machine() | {
             "device": device, "seconds": sum(progress.seconds), "sessions": progress.sessions}))
         write_atomically(run.folder / "config.json", to_json(plain(config)))
-        # one row a step, a third of the size; without a time, so that equal logs are equal files
-        write_atomically(run.folder / "log.csv.gz", gzip.compress(to_csv(progress.rows), mtime=0))
-        write_atomically(run.folder / "curve.csv", to_csv(progress.curve))
+        # a third of the size; without a time, so that equal logs are equal files
+        write_atomically(run.weights_folder / "log.csv.gz", gzip.compress(to_csv(progress.rows), mtime=0))
+        write_atomically(run.folder / "log.csv.gz", gzip.compress(to_csv(windows(progress.rows)), mtime=0))
+        write_atomically(run.folder / "curve.csv", to_csv(curve))
         write_atomically(run.folder / "provenance.json", to_json({"source": source_digest(config), "backend": trainer.backend}
                                                                  | versions()))
         write_atomically(run.folder / "metrics.json", to_json(metrics))
-        return Run(config, run.folder, run.weights_folder)  # anew: nothing read before is kept
+        return self._place(config)  # anew: nothing read before is kept
 
     def _lease(self, config: RunConfig) -> Path:
-        return self.checkpoints / "leases" / config.experiment / f"{self._place(config).folder.name}.json"
+        return self.checkpoints / "leases" / config.experiment / f"{self._place(config).name}.json"
 
     def _place(self, config: RunConfig) -> Run:
-        name = f"{config.name}-{digest(sparse(config))}"
-        return Run(config, self.results / "runs" / config.experiment / name,
-                   self.results / "weights" / config.experiment / name)
+        return Run(config, self.results / "runs" / config.experiment / f"{config.name}-{digest(sparse(config))}")
 
 
 def _mismatch(run: Run) -> str | None:
@@ -203,34 +194,3 @@ def _mismatch(run: Run) -> str | None:
     asked = plain(run.config)
     return "; ".join(f"{key} was {recorded.get(key)!r}, asked for is {asked[key]!r}" for key in asked
                      if recorded.get(key) != asked[key]) or None
-
-
-def summarise(trainer: Trainer, progress: Progress) -> dict:
-    """The metrics of a finished run: counts over its steps; on the whole validation split what `evaluate` says with the
-    training solver, from the training's predicted start where it has one, and at the converged fixed point; and the loss of the
-    start state, the solver removed."""
-    config, model, rows = trainer.config, trainer.average, progress.rows
-
-    def evaluated(solver: Solver, start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
-        return evaluate(model, trainer.task, solver, backend=trainer.backend, start=start)
-
-    above = ~(rows.column("free_residual_max") <= EXCURSION)
-    best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(float(row["loss"])) else math.inf)
-    rate = progress.curve.column("rate_arnoldi")[-1]  # of the last weights: none where their phase diverged
-    counts = {name: int(rows.column(name).sum())
-              for name in ("gated", "gated_nudged", "skipped", "force_evaluations", "audit_evaluations")}
-    metrics = {"final": evaluated(config.solver), "best_loss": best["loss"], "best_step": best["step"],
-               "excursions": int(above.sum()), "first_excursion": int(above.argmax()) + 1 if above.any() else None,
-               "without_gradient": len(rows) - int(rows.column("task_gradient").sum())} | counts | {
-               "rate_arnoldi": None if math.isnan(rate) else float(rate),
-               "rate_step": None if math.isnan(rate) else config.solver.step,
-               "parameters": sum(p.numel() for p in model.parameters())}
-    if config.start:
-        metrics["training_start"] = evaluated(config.solver, trainer.predicted_start)
-    if not model.block.explicit:
-        metrics["converged"] = evaluated(CONVERGED)
-        metrics["solver_removed"] = evaluated(FixedHorizon(steps=0))["loss"]
-    if config.adaptive:
-        metrics["adaptive"] = {name: adaptive_compute(model, trainer.task.validation(), config.solver.step, noise=noise)
-                               for name, noise in (("clean", 0.0), ("noisy", NOISE))}
-    return metrics

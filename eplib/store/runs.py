@@ -11,13 +11,13 @@ import numpy
 import torch
 from safetensors.torch import load_file
 
-from .. import data
 from ..diagnostics import agreement, without_readout
 from ..estimators import BPTT, DyadicEP, gradient
 from ..files import write_atomically
 from ..models import EquilibriumModel, LanguageModel
 from ..solvers import Anderson, Relaxation
 from ..sources import source_digest
+from ..tasks import Task
 from ..training import RunConfig, TextTask, build_model, build_task
 from .formats import columns, to_json
 
@@ -26,11 +26,33 @@ PROMPT = "The king"  # of the recorded samples of text
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as the store holds it."""
+    """A finished run as a store holds it: folder is <root>/results/<profile>/runs/<experiment>/<name>."""
 
     config: RunConfig
     folder: Path
-    weights_folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of its folders: what it is called, and the digest of what differs from the defaults."""
+        return self.folder.name
+
+    @property
+    def root(self) -> Path:
+        """Of the store: data, results and checkpoints lie in it."""
+        return self.folder.parents[4]
+
+    @property
+    def weights_folder(self) -> Path:
+        """Of what stays here: weights, and the log of every step."""
+        return self._part("weights")
+
+    @property
+    def machine_folder(self) -> Path:
+        """Of what depends on the machine that trained it."""
+        return self._part("machine/runs")
+
+    def _part(self, part: str) -> Path:
+        return self.folder.parents[2] / part / self.folder.parent.name / self.name
 
     @cached_property
     def recorded_config(self) -> dict:
@@ -46,6 +68,11 @@ class Run:
         return json.loads((self.folder / "provenance.json").read_text())
 
     @property
+    def notes(self) -> dict[str, str]:
+        """What of a run of older source is not as today's would record it, by the name of what it is about."""
+        return self.provenance.get("notes", {})
+
+    @property
     def current(self) -> bool:
         """Whether the source that recorded the run is today's, of what the run uses."""
         return self.provenance["source"] == source_digest(self.config)
@@ -59,19 +86,32 @@ class Run:
 
     @cached_property
     def log(self) -> dict[str, numpy.ndarray]:
+        """The log in windows of steps (`summary.windows`): `step` is the last of each."""
         return columns(self.folder / "log.csv.gz")
 
     @cached_property
+    def full_log(self) -> dict[str, numpy.ndarray] | None:
+        """The log of every step (steps,); None where it is not here: it does not travel."""
+        path = self.weights_folder / "log.csv.gz"
+        return columns(path) if path.exists() else None
+
+    @cached_property
     def curve(self) -> dict[str, numpy.ndarray]:
+        """The evaluations during training (evaluations,), after the updates `step`, which had spent `force_evaluations`."""
         return columns(self.folder / "curve.csv")
 
     @cached_property
     def seconds(self) -> numpy.ndarray | None:
-        """Seconds of each update (steps,) on the machine that trained the run; None where they did not travel with it."""
-        path = self.folder.parents[2] / "machine" / "runs" / self.config.experiment / self.folder.name / "timing.csv"
+        """Seconds of training up to each evaluation of `curve`, on the machine that trained the run; None where these did not
+        travel with it."""
+        path = self.machine_folder / "timing.csv"
         return columns(path)["seconds"] if path.exists() else None
 
-    def model(self, step: int | None = None, root: Path = data.DATA) -> EquilibriumModel:
+    def task(self) -> Task:
+        """What the run learned from. Raises `data.DataError` where it is not at the store's data."""
+        return build_task(self.config, self.root / "data")
+
+    def model(self, step: int | None = None) -> EquilibriumModel:
         """The evaluated weights after `step` updates (the last by default), in the run's model.
 
         Raises FileNotFoundError if they were not kept here: weights do not travel with a run's results.
@@ -80,22 +120,22 @@ class Run:
         if not path.exists():
             raise FileNotFoundError(f"the weights of {self.config.name} after step {step or self.config.steps} are not at "
                                     f"{path}; train the run here, or add the step to its `keep`")
-        model = build_model(self.config, build_task(self.config, root))
+        model = build_model(self.config, self.task())
         model.load_state_dict(load_file(path))
         return model
 
     def generate(self, prompt: str = PROMPT, tokens: int = 200, temperature: float = 0.8, seed: int = 0,
-                 step: int | None = None, root: Path = data.DATA, *, top_k: int | None = None) -> str:
+                 step: int | None = None, *, top_k: int | None = None) -> str:
         """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver; temperature and
         top_k as in `LanguageModel.generate`.
 
         Raises FileNotFoundError without weights here, `data.DataError` for a character that the run never trained on,
         ValueError for a run on images.
         """
-        task = build_task(self.config, root)
+        task = self.task()
         if not isinstance(task, TextTask):
             raise ValueError(f"{self.config.name} was trained on images, and only a text can be continued")
-        model = cast(LanguageModel, self.model(step, root))
+        model = cast(LanguageModel, self.model(step))
         ids = model.generate(task.encode(prompt), tokens, self.config.solver, temperature, torch.Generator().manual_seed(seed),
                              top_k=top_k)
         return task.text.decode(ids.tolist())
@@ -106,7 +146,7 @@ class Run:
         path = self.folder / "sample.txt"
         return path.read_text(encoding="utf-8") if path.exists() else None
 
-    def horizon(self, steps: Iterable[int], root: Path = data.DATA) -> list[dict[str, float]]:
+    def horizon(self, steps: Iterable[int]) -> list[dict[str, float]]:
         """The horizon that BPTT needs at the last weights, on the batch after the run's last: a row for each number of steps.
 
         `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's step; `cosine` and
@@ -114,8 +154,8 @@ class Run:
         `settled`.
         Raises FileNotFoundError without weights here, ValueError if a phase diverges.
         """
-        model, step = self.model(root=root), self.config.solver.step
-        batch = build_task(self.config, root).batch(self.config.steps)
+        model, step = self.model(), self.config.solver.step
+        batch = self.task().batch(self.config.steps)
         exact = gradient(model, *batch, estimator=DyadicEP(), solver=Anderson(step=step, max_steps=200, tol=1e-6),
                          nudged=Anderson(step=step, max_steps=200, tol=1e-5))
         rows = []
@@ -128,9 +168,9 @@ class Run:
                          "ratio": agreed.ratio, "settled": exact.free.residual.max().item()})
         return rows
 
-    def record_horizon(self, steps: Iterable[int], root: Path = data.DATA) -> list[dict[str, float]]:
+    def record_horizon(self, steps: Iterable[int]) -> list[dict[str, float]]:
         """`horizon`, kept with the run's results, where it travels as the weights do not."""
-        rows = self.horizon(steps, root)
+        rows = self.horizon(steps)
         write_atomically(self.folder / "horizon.json", to_json(rows))
         return rows
 

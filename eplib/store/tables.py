@@ -1,103 +1,43 @@
-"""What tables and claims say of runs besides their losses: steps without a task gradient, the share of samples whose phase
-settled, and means over seeds with their interval.
+"""What tables and claims say of runs besides their losses: the share of samples whose phase settled, and means over seeds with
+their interval.
 
-Runs recorded before these were measured do not hold them. What their logs and metrics imply is read from there, what they do
-not imply stays unknown.
+Runs recorded before the settled share and the excursions of an evaluation were counted hold what their residuals imply of them:
+a share as [least, most], no count (null) where there is an excursion.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
-
-import numpy as np
 
 from .. import plotting
-from ..evaluation import EXCURSION
 from .comparisons import compare, differences
-from .records import CONVERGED
 from .runs import Run
 
 SETTLED_NOTE = "settled: of the validation samples, in percent; where it was not measured, what their residuals imply (≥, <, ?)"
 ENOUGH = 0.99  # share of the validation samples that must settle before a loss enters a difference
-USABLE = ("converged", "max_steps")  # a phase that ended otherwise gave no gradient
-
-
-def of_today(run: Run) -> bool:
-    """Whether a run counted its steps without a gradient itself: then its costs are in one unit, too."""
-    return "without_gradient" in run.metrics
-
-
-def audited_at_its_state(run: Run) -> bool:
-    """Whether the audits of a run compare gradients at the step's own free state: older ones settled anew from the block's
-    start, which ends elsewhere if the step's start was predicted."""
-    return of_today(run) or run.config.start is None
-
-
-def lost_steps(run: Run) -> np.ndarray:
-    """Whether the task's gradient was not applied at a step (steps,): gated, from a phase that diverged, or not finite."""
-    log = run.log
-    if "task_gradient" in log:
-        return log["task_gradient"] == 0
-    return (log["gated"] > 0) | (log["skipped"] > 0) | ~np.isin(log["status"], USABLE)
 
 
 def without_gradient(run: Run) -> int:
-    """The number of `lost_steps`, which newer runs counted themselves."""
-    return run.metrics["without_gradient"] if of_today(run) else int(lost_steps(run).sum())
-
-
-def force_evaluations(run: Run) -> np.ndarray | None:
-    """Force evaluations of each update step (steps,), in one unit: a backward pass counts as two of each that is in it, the
-    contraction <a, dF/dtheta> as two.
-
-    Older logs counted neither these nor the linearisation at the free state: they are added where the log says that they took
-    place. An audited step, whose entry held the audit as well, counts as the one before it. None for penalties whose own count
-    depends on how many samples they acted on, which the log does not say.
-    """
-    log, config, estimator = run.log, run.config, cast(Any, run.config.estimator)
-    if of_today(run):
-        return log["force_evaluations"]
-    if any(penalty.kind not in ("ContractionRate", "JacobianNorm", "ResidualPenalty") or getattr(penalty, "probes", 1) > 1
-           or getattr(penalty, "per", "sample") == "token" for penalty in config.penalties):
-        return None
-    contracted, probed = np.isin(log["status"], USABLE), np.isfinite(log["rate_probe"])
-    if estimator.kind == "Backprop":
-        missing = 2.0
-    elif estimator.kind == "BPTT":
-        missing = 2.0 * min(estimator.window or estimator.steps, estimator.steps) + probed
-    else:
-        nudged = log["nudged_iterations_max"] > 0  # else the free phase diverged, or there is no nudged phase
-        own = 1 * nudged * (estimator.kind in ("AsymEP", "FlippedCorrection"))  # one more, for the trajectories
-        linear = nudged & (estimator.kind in ("DyadicEP", "ShuffledNudge"))
-        missing = own + (contracted | probed | linear) + 2 * contracted
-    spent = log["force_evaluations"] + missing
-    if config.audit_every:
-        audited = np.arange(config.audit_every - 1, len(spent), config.audit_every)
-        spent[audited] = spent[audited - 1]
-    return spent
+    """The number of steps at which the task's gradient was not applied: gated, from a phase that diverged, or not finite."""
+    return run.metrics["without_gradient"]
 
 
 def evaluations_a_step(runs: Iterable[Run]) -> float | None:
-    """Force evaluations of an update step, mean over runs of one arm; None where those of a run are not known in this unit."""
-    logs = [force_evaluations(run) for run in runs]
-    means = [float(spent.mean()) for spent in logs if spent is not None]
-    return sum(means) / len(means) if logs and len(means) == len(logs) else None
+    """Force evaluations of an update step, mean over runs of one arm; None where a run's are not known."""
+    runs = list(runs)
+    means = [spent / run.config.steps for run in runs if (spent := run.metrics["force_evaluations"]) is not None]
+    return sum(means) / len(means) if runs and len(means) == len(runs) else None
 
 
-def settled(evaluation: Mapping, tol: float) -> tuple[float, float]:
-    """The least and the most share (0 to 1) of an evaluation's samples that ended at or below `tol`: equal where it was
-    measured, else what the largest and the median residual imply."""
-    if evaluation.get("settled") is not None:
-        return evaluation["settled"], evaluation["settled"]
-    median, largest = evaluation["residual_median"], evaluation["residual_max"]
-    if median is None or largest is None:  # a residual was not finite
-        return 0.0, 1.0
-    return (1.0, 1.0) if largest <= tol else (0.0, 0.5) if median > tol else (0.5, 1.0)
+def settled(evaluation: Mapping) -> tuple[float, float]:
+    """The least and the most share (0 to 1) of an evaluation's samples that ended at or below its solver's tolerance, equal
+    where it was measured."""
+    share = evaluation["settled"]
+    return (share, share) if isinstance(share, int | float) else (share[0], share[1])
 
 
 def settled_cold(run: Run) -> tuple[float, float]:
     """`settled` of the final evaluation, whose phases start as the solver says; a network without phases has settled."""
-    return (1.0, 1.0) if _explicit(run) else settled(run.metrics["final"], run.config.solver.tol)
+    return (1.0, 1.0) if _explicit(run) else settled(run.metrics["final"])
 
 
 def settled_as_trained(run: Run) -> tuple[float, float]:
@@ -105,28 +45,24 @@ def settled_as_trained(run: Run) -> tuple[float, float]:
     if run.config.start is None:
         return settled_cold(run)
     found = run.metrics.get("training_start")
-    return settled(found, run.config.solver.tol) if found else (0.0, 1.0)
+    return settled(found) if found else (0.0, 1.0)
 
 
 def evaluated_excursions(runs: Iterable[Run]) -> str | None:
-    """Samples of the final evaluations of an arm whose residual is an excursion, as a table prints them; where older runs did
-    not count them, whether there are any."""
+    """Samples of the final evaluations of an arm whose residual is an excursion, as a table prints them; where older runs that
+    had some did not count them, at least one each."""
     runs = list(runs)
     if any(map(_explicit, runs)):
         return None
-    finals = [run.metrics["final"] for run in runs]
-    if any("excursions" not in final and final["residual_max"] is None for final in finals):
-        return "?"
-    counts = [final["excursions"] if "excursions" in final else int(final["residual_max"] > EXCURSION) for final in finals]
-    exact = all("excursions" in final or final["residual_max"] <= EXCURSION for final in finals)
-    return f"{'' if exact else '≥ '}{sum(counts)}"
+    counts = [run.metrics["final"]["excursions"] for run in runs]
+    return f"{'≥ ' if None in counts else ''}{sum(1 if count is None else count for count in counts)}"
 
 
 def at_fixed_point(run: Run, metric: str = "loss") -> float | None:
     """The final metric at the converged fixed point; None for a network without phases, and where it is not known that enough
     samples settled: where the phases do not end there is no fixed point to speak of."""
     found = run.metrics.get("converged")
-    return found[metric] if found and settled(found, CONVERGED.tol)[0] >= ENOUGH else None
+    return found[metric] if found and settled(found)[0] >= ENOUGH else None
 
 
 def least(shares: Iterable[tuple[float, float]]) -> tuple[float, float]:
