@@ -146,7 +146,7 @@ class Solver(Family):
     def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: Any) -> Tensor:
         return state + self.step * push
 
-    def _history(self) -> Any:
+    def _history(self, linear: bool) -> Any:
         return None
 
     def _refuse_kernel(self, computed: Any) -> None:
@@ -178,14 +178,15 @@ class Solver(Family):
             return jacobian.relax(self, slope, scale)
         self._refuse_kernel(jacobian)
         return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale,
-                          rough=self.coarse is not None)
+                          rough=self.coarse is not None, linear=True)
 
     @torch.no_grad()
     def solve(self, force: Callable[[Tensor], Tensor], start: Tensor,
               measure: Callable[[Tensor, Tensor], Tensor] = relative_force, rough: bool = False,
-              among: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None) -> Solution:
+              among: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None, linear: bool = False) -> Solution:
         """Takes `force` from `start` (B, ...) to its zero without storing a graph; `measure(force, state)` gives the residual
         (B,). rough: whether the first evaluations may be in bfloat16, down to `coarse`; no sample ends with one of those.
+        linear: whether the force is linear but for a constant, so that differences tell its slope at any distance.
 
         A sample whose state norm or residual grows a thousandfold is frozen as diverged: an explosion otherwise looks
         converged once step * F falls below the float spacing of z. A non-finite residual freezes the sample as well.
@@ -198,7 +199,7 @@ class Solver(Family):
         whole = now = _Samples(start)
         lanes = (-1,) + (1,) * (start.dim() - 1)
         left = None  # which samples are left, where some have gone
-        history, evaluated = self._history(), 0
+        history, evaluated = self._history(linear), 0
         for count in range(self.max_steps + 1):
             if rough and (count == self.max_steps or now.residual.nanmedian() <= (self.coarse or 0)):
                 rough = False
@@ -266,8 +267,11 @@ class Anderson(Solver):
     """Anderson acceleration of the same iteration, sample by sample (Walker & Ni 2011, type II).
 
     The next state combines the last `memory` differences so that the extrapolated force is smallest in norm; on a linear phase
-    this is GMRES. A sample whose residual rises to ten times its lowest falls back: to its best state, and on from there by
-    plain relaxation to the end. `Solution.fallbacks` counts them.
+    this is GMRES. Elsewhere differences tell the Jacobian only near the fixed point (Toth & Kelley 2015): where the force is
+    longer than the state, a step moves the state by its own size, and a sample relaxes plainly and forgets what it has: a
+    delayed start (Walker & Ni 2011), for the time constant of the leak -z and two steps in all. A sample whose residual rises
+    to ten times its lowest falls back: to its best state, and on from there by plain relaxation to the end.
+    `Solution.fallbacks` counts them.
     """
 
     step: Step = 0.7
@@ -277,8 +281,8 @@ class Anderson(Solver):
 
     in_kernel = True
 
-    def _history(self) -> "Differences":
-        return Differences(self.memory, self.step)
+    def _history(self, linear: bool) -> "Differences":
+        return Differences(self.memory, self.step, linear)
 
     def _move(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor, history: "Differences") -> Tensor:
         return _like(history.next(_flat(state), _flat(push), residual, _flat(best)), state)
@@ -385,18 +389,20 @@ class Differences:
     """Anderson's memory: the last differences of each sample's forces, and what they say of the moves, (B, memory, n) each, in
     a ring."""
 
-    def __init__(self, memory: int, step: float):
+    def __init__(self, memory: int, step: float, linear: bool = False):
         self.memory, self.plain, self.length, self.slot, self.fallbacks = memory, step, 0, 0, 0
+        self.patience = 0 if linear else 2 + math.ceil(1 / step)  # iterations without memory, at most
         self.last: tuple[Tensor, Tensor] | None = None
 
     def next(self, state: Tensor, push: Tensor, residual: Tensor, best: Tensor) -> Tensor:
         """Takes in one iterate (B, n) and its force; returns the next: z + step f - sum_i gamma_i (dz_i + step df_i), gamma
-        minimising |f - sum_i gamma_i df_i|. A sample that stalls goes back to its best state and on without memory, its step
-        halved each time."""
+        minimising |f - sum_i gamma_i df_i|. Far from the fixed point of a force that is not linear there is no memory. A sample
+        that stalls goes back to its best state and on without memory, its step halved each time."""
         if self.last is None:
             self.pushes, self.moves = (push.new_empty(push.shape[0], self.memory, push.shape[1]) for _ in range(2))
             self.gram = push.new_zeros(push.shape[0], self.memory, self.memory, dtype=torch.float64)
-            self.halvings, self.lowest = torch.zeros_like(residual, dtype=torch.int), residual
+            self.halvings, self.waits = (torch.zeros_like(residual, dtype=torch.int) for _ in range(2))
+            self.lowest = residual
         else:
             df = torch.sub(push, self.last[1], out=self.pushes[:, self.slot])
             torch.sub(state, self.last[0], out=self.moves[:, self.slot]).add_(df, alpha=self.plain)
@@ -404,6 +410,11 @@ class Differences:
             self.gram[:, self.slot, :self.length] = self.gram[:, :self.length, self.slot] = self._along(df)
             self.slot = (self.slot + 1) % self.memory
         self.last = state, push
+        if self.patience:
+            far = (norm(push) > norm(state)) & (self.waits < self.patience)
+            self.waits = self.waits + far
+            for kept in (self.pushes, self.moves, self.gram) if far.any() else ():
+                kept[far] = 0
         stalled = residual > STALL * self.lowest
         self.lowest = torch.minimum(self.lowest, residual)
         self.fallbacks += int((stalled & (self.halvings == 0)).sum())
@@ -419,7 +430,7 @@ class Differences:
         """Goes on with these samples only."""
         if self.last:
             self.last = self.last[0][samples], self.last[1][samples]
-        for name in ("pushes", "moves", "gram", "halvings", "lowest"):
+        for name in ("pushes", "moves", "gram", "halvings", "waits", "lowest"):
             setattr(self, name, getattr(self, name)[samples])
 
     def _along(self, a: Tensor) -> Tensor:

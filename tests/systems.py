@@ -1,11 +1,15 @@
 """Small systems with known answers, shared by the library's tests."""
 
+import lzma
 import os
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from eplib import blocks, models
+import eplib
+from eplib import blocks, estimators, models
 from eplib.diagnostics import LinearSystem
 from eplib.models import EquilibriumModel
 from eplib.solvers import Relaxation
@@ -44,3 +48,20 @@ def linear_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(7)
     return (torch.randn(5, 4, generator=generator, dtype=torch.float64),
             torch.randn(5, 6, generator=generator, dtype=torch.float64))
+
+
+@cache
+def hurried() -> tuple[EquilibriumModel, Tensor]:
+    """A float32 language model after 30 updates with a large learning rate and no control, with a batch of eight: its force is
+    up to five times as long as the state where it starts, and plain relaxation settles it in ten steps."""
+    plays = Path(__file__).parents[1] / "data" / "plays.txt.xz"
+    text = torch.tensor(list(lzma.decompress(plays.read_bytes())[:100_000]))
+    torch.manual_seed(0)
+    model = models.LanguageModel(vocab=256, width=32, heads=4, context=16, block=blocks.Thick())
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(30):
+        windows = torch.stack([text[i:i + 17] for i in torch.randint(len(text) - 17, (8,))])
+        eplib.gradient(model, windows[:, :-1], windows[:, 1:], estimator=estimators.DyadicEP(), solver=Relaxation(step=0.8),
+                       nudged=Relaxation(step=0.8, tol=5e-3)).assign(model)
+        optimiser.step()
+    return model, windows[:, :-1]

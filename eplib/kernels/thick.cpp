@@ -592,7 +592,7 @@ static float portion(const Pass &pass, const Pass::Row &row, int size, const flo
 // The free phase, first token to last: F(z) = 0 with the tokens before the unit settled. A residual counts in units of |z|, or
 // of scale (samples) if that is given. What is left of F goes to `rest`.
 struct Free {
-    static constexpr bool backwards = false;
+    static constexpr bool backwards = false, linear = false;
     const float *clamp, *scale;
     float *state, *rest;
 
@@ -614,7 +614,7 @@ struct Free {
 // The adjoint phase, last token to first: J^T a + g = 0 with the tokens after the unit settled. back (T, N) ends with the
 // derivatives in (q, k, v, h); sent (T, 2 C) collects what settled tokens send to keys and values before them.
 struct Adjoint {
-    static constexpr bool backwards = true;
+    static constexpr bool backwards = true, linear = true;
     const float *slope, *scale;
     float *state, *back, *sent;
 
@@ -644,7 +644,7 @@ struct Adjoint {
 };
 
 struct Unit {
-    int sample = 0, first = 0, rows = 0, steps = 0;
+    int sample = 0, first = 0, rows = 0, steps = 0, waits = 0;
     float lowest = INFINITY, start = 0, bound = 0, step = 0, previous = 0, rate = 0;
     bool plain = false, last = false;
     Differences history;
@@ -652,7 +652,7 @@ struct Unit {
     Unit(int size, int memory) : history(size, memory), best(size) {}
 
     void begin(int at, int tokens, int width, float size) {
-        first = at, rows = tokens, steps = 0, lowest = INFINITY, previous = rate = 0, plain = last = false, step = size;
+        first = at, rows = tokens, steps = waits = 0, lowest = INFINITY, previous = rate = 0, plain = last = false, step = size;
         history.begin(tokens * width);
     }
 };
@@ -661,6 +661,8 @@ template <class Phase>
 static void substitute(const Shape &s, const Packed &p, const Cache &cache, const Solver &solver, const Phase &phase,
                        int samples, Outcome *outcome, int threads) {
     const int T = s.tokens, C = s.width, chunk = s.causal ? std::min(solver.chunk, T) : T;
+    // evaluations far from the fixed point, where differences mislead but in a linear phase, that pass without memory, at most
+    const int patience = phase.linear ? 0 : 2 + int(std::ceil(1 / solver.step));
     threads = std::max(1, std::min(threads, samples));
     const int together = std::max(1, std::min(ROWS / chunk, (samples + threads - 1) / threads));
     std::atomic<int> next{0};
@@ -737,6 +739,7 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
                         unit.history.forget();
                         std::copy_n(unit.best.begin(), size, z);
                     } else {
+                        if (residual > norm && unit.waits++ < patience) unit.history.forget();
                         if (solver.memory && !unit.plain) unit.history.record(z, push);
                         unit.history.move(z, push, unit.step);
                     }
