@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import eplib
 from eplib import blocks, calculus, controllers, estimators, models
 from eplib.blocks import Jacobian
+from eplib.config import configuration
 from eplib.controllers import Homeostasis
 from eplib.diagnostics import GROUPS, LinearSystem, LiveBytes, adjoint_gradient, agreement, non_reciprocity
 from eplib.estimators.entry import second_phase
@@ -645,3 +646,61 @@ def test_penalties_of_a_block_without_dynamics_and_states_of_inference_mode_are_
     plain = models.LanguageModel(11, 16, 4, 6, blocks.Feedforward()).double()
     with pytest.raises(ValueError, match="no dynamics that Homeostasis could act on"):
         eplib.gradient(plain, inputs, targets, estimator=estimators.Backprop(), solver=Relaxation(), penalties=(Homeostasis(),))
+
+
+@configuration
+class Neumann(estimators.ByAdjoint):
+    """An adjoint state of one's own: a = s sum_k (1 + s J^T)^k g."""
+
+    terms: int = 300
+
+    second_phase = False
+
+    def adjoint(self, problem, solver):
+        total = term = solver.step * problem.slope
+        for _ in range(self.terms):
+            term = term + solver.step * problem.jacobian.transposed(term)
+            total = total + term
+        return estimators.Adjoint(total, evaluations=self.terms)
+
+
+@configuration
+class Unrolled(estimators.Estimator):
+    """A gradient of one's own: PyTorch's through three steps."""
+
+    equilibrium = second_phase = False
+
+    def gradient(self, batch, solver, nudged):
+        model = batch.model
+        with torch.enable_grad():
+            x = model.clamp(batch.inputs)
+            z = model.block.start(x)
+            for _ in range(3):
+                z = z + solver.step * model.block(z, x)
+            loss = model.loss(model.block.output(z), batch.targets).mean()
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+        free = FixedHorizon(step=solver.step, steps=0).settle(batch.dynamics, batch.x, z.detach())
+        return estimators.Report(loss.item(), dict(zip(dict(model.named_parameters()), grads, strict=True)), free, None,
+                                 {"force_evaluations": 9})
+
+
+def test_an_estimator_of_ones_own_overrides_adjoint_or_gradient():
+    model, inputs, targets = transformer(init=0.3)
+    report = eplib.gradient(model, inputs, targets, estimator=Neumann(), solver=TIGHT)
+    truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
+    assert agreement(report.grads, truth)["total"].error < 1e-6
+    assert report.measured["force_evaluations"] == report.free.evaluations + 300 + 1 + 2
+    penalties = (controllers.ContractionRate(target=0.1),)
+    ours, theirs = (eplib.gradient(model, inputs, targets, estimator=one, solver=TIGHT, penalties=penalties)
+                    for one in (Unrolled(), estimators.BPTT(steps=3)))
+    assert agreement(ours.grads, theirs.grads)["total"].error < 1e-12
+    assert ours.measured == theirs.measured and ours.state.keys() == theirs.state.keys() != set()
+    assert agreement(ours.penalty_grads, theirs.penalty_grads)["total"].error < 1e-12
+
+
+@pytest.mark.parametrize("kind", [estimators.Estimator, estimators.ByAdjoint])
+def test_an_estimator_without_its_method_says_which_is_missing(kind):
+    own = configuration(type("Empty", (kind,), {"second_phase": False}))()
+    model, inputs, targets = transformer(init=0.3)
+    with pytest.raises(NotImplementedError, match=r"Empty has no .*override"):
+        eplib.gradient(model, inputs, targets, estimator=own, solver=TIGHT)

@@ -38,7 +38,8 @@ class Estimator(Family):
     explicit = rounds = linear = False
 
     def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
-        """The task's part of the report. solver: of the free phase; nudged: of the second one, None where there is none."""
+        """The task's part of the report; its state and the penalties' part are filled in. solver: of the free phase. nudged: of
+        the second one, None where there is none."""
         raise NotImplementedError(f"{type(self).__name__} has no gradient; override it, or inherit from estimators.ByAdjoint "
                                   "and override adjoint")
 
@@ -69,7 +70,7 @@ class ByAdjoint(Estimator):
         free = batch.settle(solver)
         measured: dict[str, float] = {"force_evaluations": free.evaluations}
         if not free.status.usable:
-            return Report(math.nan, None, free, None, measured, batch.carried)
+            return Report(math.nan, None, free, None, measured)
         problem = batch.at(free.value)
         with torch.no_grad():
             found = self.adjoint(problem, nudged or solver)
@@ -79,7 +80,7 @@ class ByAdjoint(Estimator):
         measured["force_evaluations"] += found.evaluations + BACKWARD * usable
         if found.displacement is not None:
             measured["displacement"] = found.displacement.max().item()
-        return Report(problem.readout.loss, grads, free, found.phase, found.measured | measured, batch.carried, found.value)
+        return Report(problem.readout.loss, grads, free, found.phase, found.measured | measured, found.value)
 
 
 def linear_response(jacobian: Any, problem: Problem, solver: Solver) -> Adjoint:

@@ -113,4 +113,4 @@ def _penalised(report: Report, problem: Problem, penalties: tuple, step: float) 
         measured["force_evaluations"] += outcome.evaluations
         grads = summed(grads, outcome.grads)
     measured["force_evaluations"] += LINEARISATION * ("jacobian" in vars(problem))  # at the free state, which all share
-    return replace(report, penalty_grads=grads, measured=measured)
+    return replace(report, penalty_grads=grads, measured=measured, state=problem.carried)

@@ -61,8 +61,7 @@ class FiniteHorizon(Estimator):
         usable = bool(residual.isfinite().all()) and math.isfinite(loss) and grads is not None
         free = Solution(state, residual, torch.full_like(residual, self.steps, dtype=torch.long), residual * torch.nan,
                         self.steps, settled if usable else Status.NONFINITE)
-        return Report(loss, finite(grads) if usable else None, free, None, {"force_evaluations": self.cost(batch.model)},
-                      batch.carried)
+        return Report(loss, finite(grads) if usable else None, free, None, {"force_evaluations": self.cost(batch.model)})
 
 
 @configuration

@@ -23,12 +23,12 @@ class Report:
     """What `gradient` returns.
 
     loss: mean loss at the free state, in nats. grads: {parameter name: tensor}, the gradient of the mean loss, or None where
-    something failed. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative to
-    the nudge). measured: named scalars: `force_evaluations` (in the unit of `estimators.FORCE`), `displacement`, and what the
-    penalties saw: the sum of their values as `penalty`, each one's own as "penalty.<its class>" where there are several; all
-    names of the second, third .. of a class end in ".2", ".3". state: what must be handed to the next call, where "penalty<i>."
-    leads what the i-th penalty carries. adjoint: the adjoint state (B, ...), or None. penalty_grads: gradient of all penalties
-    together, apart.
+    something failed. free, nudged: Solutions (nudged is None for estimators without a second phase; its residual is relative
+    to the nudge). measured: named scalars: `force_evaluations` (in the unit of `estimators.FORCE`), `displacement`, and what
+    the penalties saw: the sum of their values as `penalty`, each one's own as "penalty.<its class>" where there are several;
+    all names of the second, third .. of a class end in ".2", ".3". adjoint: the adjoint state (B, ...), or None. state: what
+    the next call is to be given, where "penalty<i>." leads what the i-th penalty carries. penalty_grads: gradient of all
+    penalties together, apart.
     """
 
     loss: float
@@ -36,8 +36,8 @@ class Report:
     free: Solution
     nudged: Solution | None
     measured: dict[str, float]
-    state: dict[str, Any] = field(default_factory=dict)
     adjoint: Tensor | None = None
+    state: dict[str, Any] = field(default_factory=dict)
     penalty_grads: dict[str, Tensor] = field(default_factory=dict)
 
     @property

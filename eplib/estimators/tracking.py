@@ -14,8 +14,8 @@ from .problem import Problem
 
 @configuration
 class Tracking(ByAdjoint):
-    """Corrected EP re-linearised at the moving common mode m = (z_+ + z_-) / 2, both trajectories in lockstep (Scurria et al.
-    2026).
+    """Corrected EP re-linearised at the moving common mode m = (z_+ + z_-) / 2, both trajectories in lockstep (Hao 2026; the
+    correction: Scurria et al. 2026).
 
     The correction is odd, +-(J(m) - J(m)^T) d with d = (z_+ - z_-) / 2, so it is computed once for the pair; there is no
     one-sided form. held: m stays at z*, which saves the linearisations. warm: the pair starts at its linear response z* -+ beta
