@@ -238,10 +238,11 @@ def test_a_mirror_that_gives_something_else_is_named_with_what_it_gave_and_the_n
                                                                                             monkeypatch):
     monkeypatch.setattr(fetching, "READ_SECONDS", 0.5)
     bad = [Source(kind, fetching.https(f"{mirrors}/{kind}/").get) for kind in FAULTS]
+    bad += [Source("folder", lambda _: b"<html>log in</html>"), Source("touched", lambda _: b"")]
     with pytest.raises(DataError) as error:
         fetching.fetch(FILE, tmp_path, bad)
     lines = str(error.value).splitlines()
-    for kind, gave in FAULTS.items():
+    for kind, gave in (FAULTS | {"folder": "is a web page of 19 bytes", "touched": "is empty (0 bytes)"}).items():
         assert any(line.startswith(f"  - {kind}: ") and gave in line for line in lines), (kind, lines)
     assert listing(tmp_path) == []
     fetching.fetch(FILE, tmp_path, [*bad, Source("good", fetching.https(f"{mirrors}/good/").get)])

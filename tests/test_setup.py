@@ -149,7 +149,7 @@ def toy(tmp_path):
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def stamp(folder: Path) -> Path:
