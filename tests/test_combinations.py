@@ -286,10 +286,13 @@ def _check(case, model, inputs, targets, z, j, g, single) -> str:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in ("norm.bias", *small))
     solver = SOLVERS[case["solver"]]((1e-4 if kinds else 1e-6) if single else 1e-9)
-    if kinds and not solver.tol:  # the force of a state settled to the last digit is noise, which is no probe
-        solver = solver.limited(8 if single else 20)
-    chosen = {"solver": solver, "backend": case["backend"], "penalties": kinds,
-              "estimator": estimator_of(case),
+    estimator = estimator_of(case)
+    if kinds and z is not None:  # no further than this: rounding makes noise of a settled state's force, a penalty's probe
+        last = 8 if single else int(model.settle(inputs, replace(TIGHT, step=STEP, tol=1e-9)).steps.max())
+        solver = solver if solver.tol else solver.limited(min(solver.max_steps, last))
+        if estimator.kind in ("BPTT", "ForwardMode"):
+            estimator = replace(estimator, steps=min(estimator.steps, last))
+    chosen = {"solver": solver, "backend": case["backend"], "penalties": kinds, "estimator": estimator,
               "nudged": None if case["nudged"] == "none" else SOLVERS[case["nudged"]](1e-3 if single else 1e-7)}
     if case["start"] == "LinearStart":
         chosen["start"] = LinearStart(refresh=1)
