@@ -92,6 +92,15 @@ class Optimiser:
 
 
 @configuration
+class Branch:
+    """Where a run goes on from: the state that another `run` of the same store, "experiment/name-digest", kept after `step`
+    updates, which is its last or one of its `keep`."""
+
+    run: Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9][a-z0-9_.-]*-[0-9a-f]{8}$")]
+    step: Positive
+
+
+@configuration
 class RunConfig:
     """One training run. Its digest names it in the run store, so every value here is part of its identity, and what would do
     nothing is refused.
@@ -105,7 +114,8 @@ class RunConfig:
     embeddings and in each parameter group, with that of the linear response (which itself is compared with two trajectories).
     anneal: the nudge's beta at the last step, to which it moves linearly from the estimator's. frozen: only the readout is
     trained (negative control). adaptive: the iterations that each test image takes are measured at the end
-    (`diagnostics.adaptive_compute`).
+    (`diagnostics.adaptive_compute`). branch: the run begins with the weights, moments and carried state that another one kept,
+    and its first update is number branch.step of `steps`: so is its batch, and its learning rate that of the schedule of all.
     """
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -129,6 +139,12 @@ class RunConfig:
     anneal: Beta | None = None
     frozen: bool = False
     adaptive: bool = False
+    branch: Branch | None = None
+
+    @property
+    def first(self) -> int:
+        """The number of the first update, from 0."""
+        return self.branch.step if self.branch else 0
 
     @property
     def second(self) -> Solver:
@@ -167,6 +183,9 @@ class RunConfig:
     @model_validator(mode="after")
     def _measurements_fit(self) -> "RunConfig":
         kind = self.estimator.kind
+        if self.first >= self.steps or any(step <= self.first for step in self.keep):
+            raise ValueError(f"the run goes on after step {self.first}, so that steps {self.steps} and keep {self.keep} are to "
+                             "be later ones: both count from the first step of the run that it goes on from")
         if any(step >= self.steps for step in self.keep):
             raise ValueError(f"keep {self.keep} names a step after the last, {self.steps}, or the last, which is kept anyway")
         if self.audit_every and not self.estimator.equilibrium:

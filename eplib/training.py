@@ -4,20 +4,18 @@ Everything a step uses is a function of (configuration, step): batches come from
 a run that was killed and resumed is bit-identical, on CPU, to one that was not.
 """
 
-import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from . import checkpoints
 from .config import plain
 from .controllers import KEPT
 from .diagnostics import READOUT, agreement, without_readout
@@ -55,9 +53,12 @@ class Trainer:
     """Runs one configuration. `advance` trains to the end or to the deadline, checkpointing on the way."""
 
     def __init__(self, config: RunConfig, folder: Path, root: Path | str = "data", device: str = "cpu",
-                 backend: Backend = "torch"):
-        """folder: where the checkpoint and the kept weights go. device: where the run is trained, e.g. "cuda". backend: what
-        computes its phases."""
+                 backend: Backend = "torch", origin: Path | None = None):
+        """folder: where the checkpoint, the kept weights and states go. device: where the run is trained, e.g. "cuda". backend:
+        what computes its phases. origin: the state that a run with a `branch` begins with.
+
+        Raises ValueError for an origin, or a checkpoint, of another model or configuration.
+        """
         self.config, self.folder, self.backend = config, Path(folder), backend
         self.task = build_task(config, root)
         self.model = build_model(config, self.task).to(device)
@@ -71,6 +72,8 @@ class Trainer:
         self.progress = Progress()
         if self.checkpoint.exists():
             self._load()
+        elif config.branch:
+            self._begin(origin)
         self.progress.sessions += 1
 
     @property
@@ -80,6 +83,10 @@ class Trainer:
     def weights(self, step: int) -> Path:
         """Where the evaluated weights after `step` updates are kept."""
         return self.folder / f"step-{step:06d}.safetensors"
+
+    def kept_state(self, step: int) -> Path:
+        """Where that is kept with which another run goes on after `step` updates: weights, moments, carried state."""
+        return self.folder / f"state-{step:06d}.safetensors"
 
     def advance(self, deadline: float = math.inf, show: Callable[[str], None] = show_on_terminal) -> Progress:
         """Trains on. Raises `OutOfTime` at `deadline` (of time.monotonic), with everything so far checkpointed.
@@ -99,6 +106,7 @@ class Trainer:
                 self._evaluate(step)
             if step in self.config.keep or step == self.config.steps:
                 write_atomically(self.weights(step), save(self.average.state_dict()))
+                checkpoints.write(self.kept_state(step), self._tensors(), {"config": plain(self.config)})
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save()
                 saved = time.monotonic()
@@ -188,37 +196,44 @@ class Trainer:
             {"step": step} | evaluate(self.average, self.task, solver, self.config.evaluation_batches, self.backend)
             | edges(self.average, self.task.batch(0)[0], solver, self.config.penalties))
 
-    def _save(self) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a step changes, but for what it has logged."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not self.model:
             tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for index, slots in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": v for k, v in slots.items()}
-        tensors |= {f"state.{k}": v for k, v in self.state.items()}
-        tensors |= self.progress.tensors()
-        header = {"config": json.dumps(plain(self.config)), "progress": json.dumps(self.progress.header())}
-        write_atomically(self.checkpoint, save({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
+        return tensors | {f"state.{k}": v for k, v in self.state.items()}
 
-    def _load(self) -> None:
-        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        try:
-            with safe_open(self.checkpoint, "pt", device=str(next(self.model.parameters()).device)) as file:
-                header = file.metadata() or {}
-                if json.loads(header.get("config", "null")) != plain(self.config):
-                    raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
-                for key in file.keys():  # noqa: SIM118  (the file itself is not iterable)
-                    part, name = key.split(".", 1)
-                    parts[part][name] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{self.checkpoint} is damaged ({error}); remove it, and the run starts from its first step") \
-                from error
+    def _restore(self, parts: checkpoints.Parts) -> None:
         self.model.load_state_dict(parts["model"])
         if self.average is not self.model:
-            self.average.load_state_dict(parts["average"])
+            self.average.load_state_dict(parts["average"] or parts["model"])
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["optimiser"].items():
             index, slot = name.split(".")
             slots.setdefault(int(index), {})[slot] = value
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": slots})
         self.state = parts["state"]
-        self.progress = Progress.restored(parts, json.loads(header["progress"]))
+
+    def _save(self) -> None:
+        header = {"config": plain(self.config), "progress": self.progress.header()}
+        checkpoints.write(self.checkpoint, self._tensors() | self.progress.tensors(), header)
+
+    def _load(self) -> None:
+        parts, header = checkpoints.read(self.checkpoint, next(self.model.parameters()).device)
+        if header.get("config") != plain(self.config):
+            raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
+        self._restore(parts)
+        self.progress = Progress.restored(parts, header["progress"])
+
+    def _begin(self, origin: Path | None) -> None:
+        if origin is None:
+            raise ValueError(f"{self.config.name} goes on from {self.config.branch}: give the state of that run as origin")
+        parts, _ = checkpoints.read(origin, next(self.model.parameters()).device)
+        try:
+            self._restore(parts)
+        except RuntimeError as error:
+            raise ValueError(f"{self.config.name} cannot go on from {origin}, which is of another model: "
+                             f"{str(error).splitlines()[-1].strip()}") from None
+        self.progress.step = self.config.first

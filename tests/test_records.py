@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,11 @@ from scipy import stats
 from eplib import data, diagnostics, profiles
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
 from eplib.estimators import OneStep
+from eplib.runconfig import Branch
 from eplib.solvers import FixedHorizon
 from eplib.store import formats, records
 from eplib.store.records import Run, Store, configurations
-from eplib.training import Optimiser, OutOfTime, RunConfig
+from eplib.training import Optimiser, OutOfTime, RunConfig, Trainer
 from pipelines import horizon, train
 from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
@@ -485,6 +487,54 @@ def test_the_interval_of_a_mean_is_students():
 def test_ranks_are_those_of_scipy():
     values = torch.tensor([3, 1, 2, 2, 5, 2, 1, 7])
     assert (diagnostics.ranks(values) + 1).tolist() == stats.rankdata(values.numpy()).tolist()
+
+
+# --- runs that go on from others
+
+EVER = Optimiser(lr=1e-2, warmup=0.0, decay=0.0, ema=0.9)  # the same rate at every step, however many there are
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimiser": EVER}], ids=["schedule", "average"])
+def test_a_run_that_goes_on_from_a_kept_state_is_the_whole_one_bit_for_bit(changes, root):
+    store, whole = Store("x", root), config(steps=6, keep=(2,), evaluate_every=2, **changes)
+    run = store.run(whole)
+    rest = store.run(replace(whole, keep=(4,), branch=Branch(run=f"tiny/{run.name}", step=2)))
+    assert rest.name != run.name and rest.log["step"].tolist() == [3, 4, 5, 6] and rest.has_weights(4)
+    assert all(torch.equal(a, b) for a, b in zip(run.model().parameters(), rest.model().parameters(), strict=True))
+    for name in ("loss", "gradient_norm", "lr"):
+        assert rest.log[name].tolist() == run.log[name][2:].tolist()
+    spent = run.log["force_evaluations"][2:].sum()
+    assert rest.metrics["force_evaluations"] == rest.curve["force_evaluations"][-1] == spent
+    assert rest.curve["step"].tolist() == [4, 6] and rest.metrics["final"] == run.metrics["final"]
+
+
+def test_a_run_is_extended_with_its_moments_and_stays_when_the_profile_is_pruned(root, command):
+    store, short = Store("x", root), config(steps=3, keep=(), optimiser=EVER)
+    run = store.run(short)
+    longer, whole = run.extend(2).extend(1, backend="torch"), store.run(replace(short, steps=6))
+    assert longer.config.steps == 6 and longer.config.first == 5 and longer.config.experiment == "extended"
+    assert all(torch.equal(a, b) for a, b in zip(longer.model().parameters(), whole.model().parameters(), strict=True))
+    assert command() == 0 and not store.find(short) and store.find(longer.config)
+    assert not list((store.checkpoints / "states").rglob(run.name))
+
+
+def test_a_run_that_cannot_go_on_says_why(root, tmp_path):
+    store, short = Store("x", root), config(steps=3, keep=())
+    run = store.run(short)
+    name = f"tiny/{run.name}"
+    with pytest.raises(FileNotFoundError, match=rf"after 2 updates is not at .*; there are: {name} after 3\. .* `keep`"):
+        store.run(replace(short, branch=Branch(run=name, step=2)))
+    other = replace(short, steps=4, model=replace(short.model, width=4), branch=Branch(run=name, step=3))
+    with pytest.raises(ValueError, match=r"which is of another model: size mismatch"):
+        store.run(other)
+    with pytest.raises(ValueError, match="give the state of that run as origin"):
+        Trainer(other, tmp_path, root / "data")
+    for wrong in ({"steps": 3}, {"steps": 5, "keep": (3,)}):
+        with pytest.raises(ValueError, match="the run goes on after step 3"):
+            replace(short, branch=Branch(run=name, step=3), **wrong)
+    shutil.rmtree(store.checkpoints / "states")
+    with pytest.raises(FileNotFoundError, match="there are: none like it"):
+        run.extend(1)
 
 
 # --- text

@@ -25,6 +25,7 @@ from ..files import leftovers, write_atomically
 from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile
 from ..provenance import machine, versions
+from ..runconfig import Branch
 from ..settings import name_of
 from ..sources import source_digest
 from ..training import OutOfTime, Progress, RunConfig, Text, Trainer, fastest_backend, show_on_terminal
@@ -104,11 +105,23 @@ class Store:
 
     def unfinished(self, config: RunConfig) -> list[Path]:
         """Folders with a checkpoint of the run, of whatever source; only today's is gone on from."""
-        return sorted(self.checkpoints.glob(f"*/{config.experiment}/{self._place(config).name}"))
+        found = self.checkpoints.glob(f"*/{config.experiment}/{self._place(config).name}")
+        return sorted(folder for folder in found if folder.parents[1].name != "states")
 
     def scratch(self, config: RunConfig) -> Path:
         """Where the run's checkpoint is while today's source trains it."""
         return self.checkpoints / source_digest(config) / config.experiment / self._place(config).name
+
+    def kept_state(self, branch: Branch) -> Path:
+        """The state that a run goes on from. Raises FileNotFoundError, with the runs that have one, where it is not here."""
+        path = self._state(branch.run, branch.step)
+        if path.exists():
+            return path
+        like = sorted((self.checkpoints / "states").glob(f"{branch.run.rpartition('-')[0]}-*/*"))
+        kept = ", ".join(f"{found.parents[1].name}/{found.parent.name} after {int(found.stem[5:])}" for found in like)
+        raise FileNotFoundError(f"the state of {branch.run} after {branch.step} updates is not at {path}; there are: "
+                                f"{kept or 'none like it'}. It stays where a run is trained, at its last step and those of its "
+                                "`keep`: train the run here")
 
     def runs(self, experiment: str) -> list[Run]:
         """Every run that the profile names for an experiment, trained where absent, in the profile's order."""
@@ -124,8 +137,8 @@ class Store:
         run's folder stays."""
         wanted = {self._place(config).name for config in configurations(self.profile, experiment, self.root)}
         gone = set()
-        for part in ("runs", "weights", "machine/runs"):
-            folder = self.results / part / experiment
+        parts = [self.results / part for part in ("runs", "weights", "machine/runs")]
+        for folder in (part / experiment for part in (*parts, self.checkpoints / "states")):
             for path in folder.iterdir() if folder.exists() else ():
                 if path.name not in wanted and path.is_dir() and not path.is_symlink() and RUN.fullmatch(path.name):
                     with suppress(FileNotFoundError):  # another command prunes as well
@@ -142,7 +155,8 @@ class Store:
             show(line)
 
         backend = backend or fastest_backend(config, device)
-        trainer = Trainer(config, self.scratch(config), self.root / "data", device, backend)
+        origin = self.kept_state(config.branch) if config.branch else None
+        trainer = Trainer(config, self.scratch(config), self.root / "data", device, backend, origin)
         progress = trainer.advance(deadline, shown)
         metrics = summarise(trainer, progress)
         check()
@@ -164,6 +178,7 @@ class Store:
             (run.folder / name).unlink(missing_ok=True)
         for step in (*config.keep, config.steps):
             write_atomically(run.weights_folder / trainer.weights(step).name, trainer.weights(step).read_bytes())
+            write_atomically(self._state(f"{config.experiment}/{run.name}", step), trainer.kept_state(step).read_bytes())
         curve, timing = evaluations(progress)
         write_atomically(run.machine_folder / "timing.csv", to_csv(timing))
         write_atomically(run.machine_folder / "machine.json", to_json(machine() | {
@@ -178,11 +193,14 @@ class Store:
         write_atomically(run.folder / "metrics.json", to_json(metrics))
         return self._place(config)  # anew: nothing read before is kept
 
+    def _state(self, run: str, step: int) -> Path:
+        return self.checkpoints / "states" / run / f"step-{step:06d}.safetensors"
+
     def _lease(self, config: RunConfig) -> Path:
         return self.checkpoints / "leases" / config.experiment / f"{self._place(config).name}.json"
 
     def _place(self, config: RunConfig) -> Run:
-        return Run(config, self.results / "runs" / config.experiment / f"{config.name}-{digest(sparse(config))}")
+        return Run(config, self.results / "runs" / config.experiment / f"{config.name}-{digest(sparse(config))}", self.run)
 
 
 def _mismatch(run: Run) -> str | None:

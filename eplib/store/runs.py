@@ -1,11 +1,11 @@
 """A finished run: its configuration, metrics, logs and, where they are kept here, its weights."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy
 import torch
@@ -15,6 +15,7 @@ from ..diagnostics import agreement, without_readout
 from ..estimators import BPTT, DyadicEP, gradient
 from ..files import write_atomically
 from ..models import EquilibriumModel, LanguageModel
+from ..runconfig import Branch
 from ..solvers import Anderson, Relaxation
 from ..sources import source_digest
 from ..tasks import Task
@@ -26,10 +27,14 @@ PROMPT = "The king"  # of the recorded samples of text
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as a store holds it: folder is <root>/results/<profile>/runs/<experiment>/<name>."""
+    """A finished run as a store holds it.
+
+    folder: <root>/results/<profile>/runs/<experiment>/<name>. train: the store's function from a configuration to its run.
+    """
 
     config: RunConfig
     folder: Path
+    train: Callable[..., "Run"] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -139,6 +144,14 @@ class Run:
         ids = model.generate(task.encode(prompt), tokens, self.config.solver, temperature, torch.Generator().manual_seed(seed),
                              top_k=top_k)
         return task.text.decode(ids.tolist())
+
+    def extend(self, steps: int, **how: Any) -> "Run":
+        """The run that goes on from here for `steps` updates more, with weights, moments and carried state; of the experiment
+        `extended`, which no profile prunes. Its learning rate is that of the schedule over all its steps, so it rises again
+        where this run's had fallen. how: as of `Store.run`. Raises FileNotFoundError where the state was not kept here."""
+        branch = Branch(run=f"{self.config.experiment}/{self.name}", step=self.config.steps)
+        longer = replace(self.config, experiment="extended", branch=branch, steps=self.config.steps + steps, keep=())
+        return self.train(longer, **how)
 
     @property
     def sample(self) -> str | None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy
 from numpy import ndarray
@@ -9,13 +11,13 @@ from torch import Tensor
 
 from ..diagnostics import adaptive_compute
 from ..log import Log, Progress
-from ..solvers import FixedHorizon, Solver, Substitution
+from ..solvers import Anderson, FixedHorizon, Solver
 from ..tasks import Task
 from ..training import EXCURSION, RunConfig, TextTask, Trainer, evaluate
 
 WINDOWS = 500  # of a recorded log, about
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
-CONVERGED = Substitution(step=0.8, max_steps=60, tol=1e-4)  # "at the converged fixed point"
+CONVERGED = {"tol": 1e-4, "max_steps": 200}  # of the training solver: "at the converged fixed point"
 
 
 def windows(rows: Log) -> list[dict[str, float]]:
@@ -52,8 +54,9 @@ def evaluations(progress: Progress) -> tuple[list[dict], list[dict]]:
     """The curve, with the force evaluations that updates had spent up to each evaluation, and the seconds up to each, apart."""
     spent, seconds = numpy.cumsum(progress.rows.column("force_evaluations")), numpy.cumsum(progress.seconds)
     at = progress.curve.column("step").astype(int)
-    curve = [row | {"force_evaluations": float(spent[step - 1])} for row, step in zip(progress.curve, at, strict=True)]
-    return curve, [{"step": int(step), "seconds": float(seconds[step - 1])} for step in at]
+    rows = numpy.searchsorted(progress.rows.column("step"), at)
+    curve = [row | {"force_evaluations": float(spent[index])} for row, index in zip(progress.curve, rows, strict=True)]
+    return curve, [{"step": int(step), "seconds": float(seconds[index])} for step, index in zip(at, rows, strict=True)]
 
 
 def over_training(columns: Mapping[str, ndarray], config: RunConfig) -> dict:
@@ -96,13 +99,14 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
     def evaluated(solver: Solver, start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
         return evaluate(model, trainer.task, solver, backend=trainer.backend, start=start)
 
+    first = config.first + 1
     above = ~(rows.column("free_residual_max") <= EXCURSION)
     best = min(progress.curve, key=lambda row: row["loss"] if math.isfinite(float(row["loss"])) else math.inf)
     rate = progress.curve.column("rate_arnoldi")[-1]  # of the last weights: none where their phase diverged
     counts = {name: int(rows.column(name).sum())
               for name in ("gated", "gated_nudged", "skipped", "force_evaluations", "audit_evaluations")}
     metrics = {"final": evaluated(config.solver), "best_loss": best["loss"], "best_step": best["step"],
-               "excursions": int(above.sum()), "first_excursion": int(above.argmax()) + 1 if above.any() else None,
+               "excursions": int(above.sum()), "first_excursion": first + int(above.argmax()) if above.any() else None,
                "without_gradient": len(rows) - int(rows.column("task_gradient").sum())} | counts | {
                "rate_arnoldi": None if math.isnan(rate) else float(rate),
                "rate_step": None if math.isnan(rate) else config.solver.step,
@@ -112,7 +116,10 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
     if config.start:
         metrics["training_start"] = evaluated(config.solver, trainer.predicted_start)
     if not model.block.explicit:
-        metrics["converged"] = evaluated(CONVERGED)
+        solver: Any = config.solver
+        if not CONVERGED.keys() <= {field.name for field in fields(solver)}:  # it takes a fixed number of steps
+            solver = Anderson(step=solver.step)
+        metrics["converged"] = evaluated(replace(solver, **CONVERGED))
         metrics["solver_removed"] = evaluated(FixedHorizon(steps=0))["loss"]
     if config.adaptive:
         metrics["adaptive"] = {name: adaptive_compute(model, trainer.task.validation(), config.solver.step, noise=noise)

@@ -24,7 +24,8 @@ def without_gradient(run: Run) -> int:
 def evaluations_a_step(runs: Iterable[Run]) -> float | None:
     """Force evaluations of an update step, mean over runs of one arm; None where a run's are not known."""
     runs = list(runs)
-    means = [spent / run.config.steps for run in runs if (spent := run.metrics["force_evaluations"]) is not None]
+    means = [spent / (run.config.steps - run.config.first) for run in runs
+             if (spent := run.metrics["force_evaluations"]) is not None]
     return sum(means) / len(means) if runs and len(means) == len(runs) else None
 
 
