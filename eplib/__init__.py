@@ -11,7 +11,7 @@ __all__ = ["gradient", "ep_loss", "__version__"]
 
 _LAZY = {"gradient": "estimators", "ep_loss": "estimators"}
 _MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics", "energies",
-            "estimators", "evaluation", "families", "kernels", "log", "models", "plotting", "profiles",
+            "estimators", "evaluation", "families", "kernels", "log", "markup", "models", "plotting", "profiles",
             "runconfig", "settings", "solvers", "spectra", "starts", "store", "tasks", "training")
 
 

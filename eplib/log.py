@@ -5,6 +5,7 @@ tensors.
 """
 
 import math
+import os
 import sys
 import time
 from array import array
@@ -137,7 +138,12 @@ class Bar:
 
 
 def show_on_terminal(line: str) -> None:
-    """Replaces the last line of a terminal's standard error; silent where there is no terminal."""
-    if sys.__stderr__ is not None and sys.__stderr__.isatty():
+    """Replaces the last line of a terminal's standard error, or of what a notebook's cell shows; silent elsewhere, and in a
+    notebook that the pipeline runs (where TQDM_DISABLE is set)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "kernel"):  # its standard error leads into the notebook, the process's own to where Jupyter was started
+        if not os.environ.get("TQDM_DISABLE"):
+            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+    elif sys.__stderr__ is not None and sys.__stderr__.isatty():
         sys.__stderr__.write(f"\r{line}\x1b[K")
         sys.__stderr__.flush()

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -103,6 +104,15 @@ def import_plugins(profile: str, root: Path, refused: type[Exception]) -> None:
                 raise  # found, and imports what is not installed
             raise refused(f"{name_of(profile)}.yaml, plugins: there is no module {module!r} in {', '.join(places)} or on "
                           f"PYTHONPATH ({os.environ.get('PYTHONPATH') or 'empty'})") from None
+
+
+def by_hand(profile: str, notebook: str, values: Mapping[str, Any], root: Path = ROOT) -> None:
+    """Says where a notebook's parameters, `values`, differ from those that the profile's stage runs it with, so nothing in that
+    stage."""
+    given = (load(profile, root, ValueError).get("notebooks") or {}).get(notebook) or {}
+    differ = [f"{name} = {value!r} (here {values[name]!r})" for name, value in given.items() if values[name] != value]
+    if differ:
+        print(f"run by hand: {name_of(profile)}.yaml gives this notebook {', '.join(differ)}")
 
 
 def looks(profile: str, root: Path = ROOT, refused: type[Exception] = ValueError) -> dict[str, Look]:

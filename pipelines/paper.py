@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from eplib.markup import is_table
 from eplib.settings import name_of
 from pipelines.common import (
     ROOT,
@@ -32,11 +33,6 @@ from pipelines.common import (
 )
 
 PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
-
-
-def is_table(value: Any) -> bool:
-    """Whether a result is a table: {"title", "columns", "rows", "note"}."""
-    return isinstance(value, dict) and {"columns", "rows"} <= value.keys()
 
 
 # A result is a summary (scalars for the text), a table, texts ({"title", "texts": [{"arm", "text"}]}) or data that

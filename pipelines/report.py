@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from eplib import markup, verdicts
 from eplib.settings import name_of
 from pipelines import claims, paper
 from pipelines.common import (
@@ -120,26 +121,6 @@ def notebook_page(path: Path, profile: str) -> str:
     return page(path.stem, f'{back}\n<main class="notebook">{body}</main>\n{back}', profile)
 
 
-def cell(value: Any) -> str:
-    """One cell of a table."""
-    if isinstance(value, bool):
-        return f"<td>{'yes' if value else 'no'}</td>"
-    if isinstance(value, (int, float)):
-        return (
-            f'<td class="number">{value:.5g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
-        )
-    return "<td>–</td>" if value is None else f"<td>{html.escape(str(value))}</td>"
-
-
-def table(name: str, value: dict[str, Any]) -> str:
-    """A results table as HTML."""
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in value["columns"])
-    rows = "\n".join(f"<tr>{''.join(cell(item) for item in row)}</tr>" for row in value["rows"])
-    note = f'<p class="note">{html.escape(value["note"])}</p>' if value.get("note") else ""
-    title = f"<h3>{html.escape(name)}. {html.escape(value.get('title', ''))}</h3>"
-    return f'{title}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
-
-
 def figure(name: str, where: dict[str, str]) -> str:
     """A figure of the report's folder as HTML, with links to its PDF and SVG."""
     links = " · ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("pdf", "svg"))
@@ -152,7 +133,7 @@ def claims_table(decided: dict[str, dict[str, Any]]) -> str:
     """The claims with their verdicts as HTML."""
     if not decided:
         return '<p class="missing">missing: the claims have not been decided</p>'
-    kinds = {claims.HOLDS: "holds", claims.FAILS: "fails", claims.UNDECIDED: "open"}
+    kinds = {verdicts.HOLDS: "holds", verdicts.FAILS: "fails", verdicts.UNDECIDED: "open"}
     rows = []
     for claim in decided.values():
         absent = ' class="missing"' if claim["value"] is None else ""
@@ -197,7 +178,7 @@ def index_page(profile: str, names: list[str], content: dict[str, Any], machine:
             f'<h2 id="{name}">{name}</h2><p>Made by <a href="notebooks/{name}.html">notebooks/{name}.ipynb</a>.</p>'
         )
         drawn = [figure(key, value) for key, value in content["figures"].items() if value["notebook"] == name]
-        tables = [table(key, value) for key, value in content["tables"].items() if value["notebook"] == name]
+        tables = [markup.table(key, value) for key, value in content["tables"].items() if value["notebook"] == name]
         parts += drawn + tables or ['<p class="missing">missing: this notebook has made no figure and no table</p>']
         parts += [texts(key, value) for key, value in content["texts"].items() if value["notebook"] == name]
     here = machine["here"]
@@ -206,14 +187,14 @@ def index_page(profile: str, names: list[str], content: dict[str, Any], machine:
         f"<h2>This machine</h2><p>{html.escape(here['processor'])}, {here['cores']} cores. {html.escape(versions)}.</p>"
     )
     parts += [figure(key, value) for key, value in machine["figures"].items()]
-    parts += [table(key, value) for key, value in machine["tables"].items()]
+    parts += [markup.table(key, value) for key, value in machine["tables"].items()]
     if machine["training"]:
         value = {
             "title": "where and how long",
             "columns": ["runs of", "machine", "library", "runs", "minutes"],
             "rows": machine["training"],
         }
-        parts.append(table("Training", value))
+        parts.append(markup.table("Training", value))
     return page(f"Equilibrium propagation for transformers ({profile})", "\n".join(parts), profile)
 
 

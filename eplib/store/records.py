@@ -17,9 +17,11 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import markup
 from ..config import ConfigurationError, digest, parse, plain, sparse
 from ..files import leftovers, write_atomically
 from ..models import Backend
@@ -42,14 +44,28 @@ RUN = re.compile(r"[a-z0-9][a-z0-9_.-]*-lr[0-9.]+(e[+-]\d+)?-seed\d+-[0-9a-f]{8}
 POLL = 1.0  # seconds between two looks at a run that another process trains
 
 
-def save_result(profile: str, experiment: str, name: str, value: Any, root: Path = ROOT) -> Path:
+@dataclass(frozen=True)
+class Saved:
+    """A result as a notebook shows it: a table as HTML, else where it lies."""
+
+    path: Path
+    value: Any
+
+    def _repr_html_(self) -> str | None:
+        return markup.table(self.path.stem, self.value) if markup.is_table(self.value) else None
+
+    def __repr__(self) -> str:
+        return f"{self.path.stem}: {self.path.parent.name}/{self.path.name}"
+
+
+def save_result(profile: str, experiment: str, name: str, value: Any, root: Path = ROOT) -> Saved:
     """Writes a notebook's result to results/<profile>/<experiment>/<name>.json; non-finite numbers become null."""
     path = root / "results" / name_of(profile) / experiment / f"{name}.json"
     write_atomically(path, to_json(value))
-    return path
+    return Saved(path, value)
 
 
-def save_machine(profile: str, name: str, value: Any, root: Path = ROOT) -> Path:
+def save_machine(profile: str, name: str, value: Any, root: Path = ROOT) -> Saved:
     """Like `save_result` for times and other facts of this machine: results/<profile>/machine/<name>.json."""
     return save_result(profile, "machine", name, value | {"machine": machine()}, root)
 

@@ -1,0 +1,109 @@
+"""What notebooks conclude from their runs, on runs made up so that the conclusion is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from eplib import verdicts
+from eplib.experiments import mnist, seeds
+from eplib.store.comparisons import compare
+
+
+def run(arm: str, accuracy: float, seed: int = 0, *, curve=(), audit=(), beta=0.22, settled=1.0, limit=None, excursions=0):
+    """A run as the store gives it, as far as the functions look at it."""
+    some = SimpleNamespace
+    config = some(arm=arm, seed=seed, steps=100, penalties=["rate"], start=None, audit_every=1, optimiser=some(lr=1e-3),
+                  estimator=some(kind="VectorField", beta=beta, steps=10), data=some(limit=limit), solver=some(tol=1e-3),
+                  model=some(block=some(kind="Thick")))
+    final = {"accuracy": accuracy, "loss": 1.0, "settled": settled, "residual_max": 1e-3, "residual_median": 1e-3}
+    metrics = {"final": final, "converged": final | {"accuracy": accuracy + 1}, "excursions": excursions,
+               "without_gradient": 0, "rate_arnoldi": 0.9, "training": {"displacement": 0.2}}
+    log = {"step": np.arange(1, len(audit) + 1), "audit_cosine": np.array(audit, dtype=float),
+           "nudged_residual_max": np.array([1e-3])}
+    return some(config=config, metrics=metrics, log=log, curve={"accuracy": np.array(curve or [accuracy])})
+
+
+def arm(name: str, *accuracies: float, **more) -> list:
+    return [run(name, accuracy, seed, **more) for seed, accuracy in enumerate(accuracies)]
+
+
+def evidence(**parts) -> mnist.Evidence:
+    made = {"arms": {}, "wide": {}, "swept": [], "annealed": {}, "grid": {}, "counted": {}, "epochs": 1.0, "phase_steps": 15,
+            "memory": [["", *[0] * 6, 0.4, 1.1, 0.05]]}
+    return mnist.Evidence(**(made | parts))
+
+
+def verdict_on(claim: str, found: mnist.Evidence) -> str:
+    [row] = [row for row in mnist.reference_claims(found) if claim in row[0]]
+    return row[2]
+
+
+def test_a_mean_decides_from_three_seeds_whose_samples_settled():
+    below = compare([-4.0, -4.1, -3.9])  # the 95 % interval reaches 0.25 to either side: t(2) = 4.30, times 0.1 / sqrt(3)
+    assert below.low == pytest.approx(-4.248, abs=1e-3)
+    settled, unsettled = arm("a", 1.0), arm("a", 1.0, settled=0.5)
+    assert seeds.judge(below, settled, max=-3) == verdicts.HOLDS and seeds.judge(below, settled, min=-3) == verdicts.FAILS
+    assert seeds.judge(below, settled, max=-4) == seeds.judge(below, unsettled, max=-3) == verdicts.UNDECIDED
+    assert seeds.judge(compare([-4.0, -4.1]), settled, max=-3) == verdicts.UNDECIDED
+    assert seeds.interval(below) == "-4.00 [-4.25, -3.75]" and seeds.interval(compare([])) == "-"
+
+
+@pytest.mark.parametrize(("gaps", "words"), [((0.1, 0.12, 0.08), "equivalent and different"), ((0.1, -0.1, 0.0), "equivalent"),
+                                             ((1.0, 1.1, 0.9), "different"), ((1.0, -1.0, 0.0), "neither"),
+                                             ((0.0,), "not decided")])
+def test_two_arms_are_equivalent_within_a_margin_different_both_or_neither(gaps, words):
+    assert seeds.relation(compare(list(gaps)), arm("a", 1.0), 0.3) == words
+
+
+def test_a_row_of_accuracies_is_the_mean_its_deviation_and_the_difference_to_backprop():
+    arms = {"backprop": arm("backprop", 90.1, 91.0, 91.9), "ep_linear": arm("ep_linear", 86.0, 87.0, 88.0)}
+    rows = mnist.accuracy_rows(arms)
+    assert [len(row) for row in rows] == [len(mnist.ACCURACY)] * 2
+    assert rows[1][2:5] == [3, 87.0, 1.0] and rows[1][6] == 88.0
+    assert rows[1][-2:] == ["-4.00 [-4.25, -3.75]", "different"]
+    assert rows[0][-2:] == ["", ""]
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [((86.0, 87.1, 88.0), "holds"), ((91.0, 91.9, 93.0), "fails"),
+                                               ((86.0, 90.0, 90.0), "not decided"), ((86.0, 87.1), "not decided")])
+def test_the_reference_says_that_ep_ends_three_points_below_backprop(ours, verdict):
+    arms = {"backprop": arm("backprop", 90.0, 91.0, 92.0), "ep_linear": arm("ep_linear", *ours)}
+    assert verdict_on("3 to 5 points below", evidence(arms=arms)) == verdict
+
+
+@pytest.mark.parametrize(("at_022", "verdict"), [((90.0, 91.1, 92.0), "holds"), ((80.0, 81.1, 82.0), "fails"),
+                                                 ((88.0, 89.0, 90.1), "fails")])
+def test_the_reference_says_that_0_22_is_the_best_nudge_of_its_interval(at_022, verdict):
+    swept = [one for beta, values in ((0.2, (88.0, 89.0, 90.0)), (0.22, at_022), (0.26, (88.0, 89.0, 90.0)))
+             for one in arm("vector_field", *values, beta=beta)]
+    assert verdict_on("best nudge", evidence(swept=swept)) == verdict
+    assert [row[1] for row in mnist.beta_rows(swept, "vector_field")] == [0.2, 0.22, 0.26]
+    assert mnist.beta_rows(swept, "vector_field")[1][-2:] == ["", ""]
+
+
+@pytest.mark.parametrize(("annealed", "fixed", "limit", "verdict"), [
+    ((90, 95, 60), (90, 95, 94), None, "holds"), ((90, 95, 94), (90, 95, 94), None, "fails"),
+    ((90, 95, 60), (90, 95, 60), None, "fails"), ((90, 95, 60), (90, 95, 94), 5000, "not decided")])
+def test_the_reference_says_that_annealing_collapses_and_a_fixed_nudge_does_not(annealed, fixed, limit, verdict):
+    found = {name: arm(name, 90.0, 90.0, 90.0, curve=curve, audit=(0.9, 0.5), limit=limit)
+             for name, curve in (("reference_annealed", annealed), ("reference_fixed", fixed))}
+    assert verdict_on("collapses", evidence(annealed=found)) == verdict
+    assert [row[3] for row in mnist.annealing_rows(found)] == [95 - annealed[-1], 95 - fixed[-1]]
+    assert mnist.annealing_rows(found)[0][-1] == 0.5
+
+
+def test_audits_leave_out_steps_without_one_and_line_up_over_runs():
+    first, second = run("a", 1.0, audit=(np.nan, 0.9, 0.8)), run("a", 1.0, audit=(np.nan, np.nan, 0.7))
+    assert mnist.audits(first, "cosine")[0].tolist() == [2, 3]
+    steps, values = mnist.audits_of([first, second], "cosine")
+    assert steps.tolist() == [2, 3] and np.array_equal(values, [[0.9, 0.8], [np.nan, 0.7]], equal_nan=True)
+
+
+def test_the_summary_counts_excursions_of_runs_that_follow_the_gradient_and_verdicts_by_word():
+    runs = [*arm("ep_linear", 90.0, 91.0, 92.0, excursions=1), *arm("shuffled", 10.0, excursions=5)]
+    claims = [["", "", "holds"], ["", "", "not decided"], ["", "", "holds"]]
+    found = mnist.summary(evidence(arms={"ep_linear": runs[:3]}), runs, runs, [], claims)
+    assert (found["excursions"], found["excursions_controls"]) == (3, 5)
+    assert (found["claims_held"], found["claims_failed"], found["claims_open"]) == (2, 0, 1)
+    assert found["ep_accuracy"]["mean"] == 91.0 and found["ep_minus_bp"]["n"] == 0
