@@ -21,7 +21,7 @@ from typing import Any
 
 from eplib.settings import name_of
 from pipelines.cells import problems, source_path, strip, validated, write_source
-from pipelines.common import ROOT, PipelineError, dumps, load_profile, notebook_names, read_json, write_text
+from pipelines.common import ROOT, PipelineError, command, dumps, load_profile, notebook_names, read_json, write_text
 from pipelines.kernel import execute, settle
 
 
@@ -105,8 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m pipelines.notebook", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("source", "run"):
-        sub = commands.add_parser(command)
+    for action in ("source", "run"):
+        sub = commands.add_parser(action)
         sub.add_argument("name")
         sub.add_argument("--profile", required=True)
     commands.add_parser("strip").add_argument("name", nargs="*")
@@ -129,11 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     except PipelineError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -49,13 +49,6 @@ class Plan:
                 for name, source in self.notebooks.items()}
 
     @cached_property
-    def training(self) -> dict[str, list[str]]:
-        """Training stage -> the groups that it trains; none in the paper profile, whose runs take hours, on any machine."""
-        if self.in_git or not self.groups:
-            return {}
-        return {"train": self.groups} if self.settings.get("together") else {f"train-{group}": [group] for group in self.groups}
-
-    @cached_property
     def plugins(self) -> dict[str, Path]:
         """Module -> file of what the profile brings from outside eplib: its `plugins`, and the modules of module:Class."""
         classes = filter(None, map(CLASS.fullmatch, texts(self.settings.get("runs"))))
@@ -74,12 +67,12 @@ class Plan:
             return {path: digests[path] for path in files}
 
         made: dict[str, dict[str, Any]] = {stage: {"code": code(f"pipelines.{stage}")}
-                                           for stage in ("data", "claims", "paper", "report")}
+                                           for stage in ("claims", "paper", "report")}
         plugins = {str(path): digest(path) for path in self.plugins.values()}
-        train = code("pipelines.train") | plugins
-        for stage, groups in self.training.items():
-            made[stage] = {"code": train, "stale": self.settings.get("stale"),
-                           "runs": {group: bare(self.settings["runs"][group]) for group in groups}}
+        if not self.in_git:  # the paper profile's runs take hours, on any machine: no stage trains them
+            made["data"] = {"code": code("pipelines.data")}
+            made["train"] = {"code": code("pipelines.train") | plugins, "stale": self.settings.get("stale"),
+                             "runs": {group: bare(self.settings["runs"][group]) for group in self.groups}}
         looks = self.root / "pipelines" / "arms.yaml"
         for name, source in self.notebooks.items():
             made[f"notebook-{name}"] = {

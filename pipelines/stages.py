@@ -4,9 +4,8 @@
     python -m pipelines.stages --write              write both
     python -m pipelines.stages --write --profile P  write dvc.yaml for profile P (as the smoke run does in its scratch)
 
-Stages: sources, data -> train-<experiment> -> notebook-<notebook> -> claims -> paper, report. A profile may train all its
-experiments in one stage, `train`. The paper profile has no data and no training stage: its runs take hours, on any machine, by
-`python -m pipelines.train --profile paper`, and are kept in git.
+Stages: sources, data -> train -> notebook-<notebook> -> claims -> paper, report. The paper profile has no data and no training
+stage: its runs take hours, on any machine, by `python -m pipelines.train --profile paper`, and are kept in git.
 
 `sources` (pipelines.sources) writes what code and which settings decide each other stage, one small file a stage: DVC sees no
 imports and knows no comments. So an edit there runs what it decides, and no list of modules stands in the pipeline files.
@@ -78,12 +77,12 @@ class Stages:
         return {"cmd": f"python -m pipelines.data mnist {' '.join(DATA)}", "deps": [*corpus, self.decided("data")],
                 "outs": [{"data/raw/mnist": {"cache": False, "persist": True}}, *(f"data/prepared/{name}" for name in DATA)]}
 
-    def training(self, stage: str, groups: list[str]) -> Stage:
-        chosen = [] if stage == "train" else ["--experiment", *groups]
-        return {"cmd": self.command("train", *chosen),
-                "deps": [*(f"data/prepared/{name}" for name in DATA), "data/raw/mnist", self.decided(stage)],
+    def training(self) -> Stage:
+        """All runs in one stage, so that no worker waits at the end of each group: what is recorded is not trained again."""
+        return {"cmd": self.command("train"),
+                "deps": [*(f"data/prepared/{name}" for name in DATA), "data/raw/mnist", self.decided("train")],
                 "outs": [self.out(f"{self.results}/{kind}/{group}", persist=True)
-                         for group in groups for kind in ("runs", "weights")]}
+                         for group in self.plan.groups for kind in ("runs", "weights")]}
 
     def notebook(self, name: str) -> Stage:
         runs = [f"{self.results}/{kind}/{group}" for group in self.plan.read[name] for kind in ("runs", "weights")]
@@ -110,7 +109,8 @@ class Stages:
         stages = {"sources": self.sources()}
         if not plan.in_git:
             stages["data"] = self.data()
-        stages |= {stage: self.training(stage, groups) for stage, groups in plan.training.items()}
+            if plan.groups:
+                stages["train"] = self.training()
         stages |= {f"notebook-{name}": self.notebook(name) for name in plan.notebooks}
         stages |= self.closing()
         return {name: {"wdir": "../..", **stage} for name, stage in stages.items()} if plan.in_git else stages

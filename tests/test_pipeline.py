@@ -1,6 +1,8 @@
 """The notebook runner, the notebooks in git and the DVC stages."""
 
 import ast
+import contextlib
+import io
 import json
 import os
 import re
@@ -14,8 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eplib import plotting, profiles
-from pipelines import cells, common, imports, notebook, plan, stages
+from eplib import log, plotting, profiles, settings
+from eplib.config import ConfigurationError
+from eplib.store import records
+from pipelines import cells, common, imports, new, notebook, plan, stages
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -220,12 +224,8 @@ def loaded(statement: str) -> set[str]:
 
 def test_every_stage_depends_on_the_code_that_it_loads():
     decides = plan.Plan("quick", ROOT).decides()
-    modules = {"data": "data", "claims": "claims", "paper": "paper", "report": "report"}
-    modules |= {name: "train" for name in decides if name.startswith("train-")}
-    for module in set(modules.values()):
-        files = loaded(f"import pipelines.{module}")
-        for stage in (stage for stage, name in modules.items() if name == module):
-            assert files <= set(decides[stage]["code"]), stage
+    for stage in ("data", "train", "claims", "paper", "report"):
+        assert loaded(f"import pipelines.{stage}") <= set(decides[stage]["code"]), stage
     for name in common.notebook_names():
         source = cells.normalise(name, cells.load_notebook(name))
         lines = [node for node in ast.walk(imports.code_of(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -233,15 +233,13 @@ def test_every_stage_depends_on_the_code_that_it_loads():
         assert files <= set(decides[f"notebook-{name}"]["code"]), name
 
 
-def test_training_together_makes_what_training_apart_does():
-    """The smoke profile trains in one stage; what its notebooks read must come out of that."""
-    made, settings = stages.build("smoke")["stages"], common.load_profile("smoke")
-    assert settings["together"] and not any(name.startswith("train-") for name in made)
+@pytest.mark.parametrize("profile", ["smoke", "quick"])
+def test_what_notebooks_read_of_runs_is_what_the_training_stage_makes(profile):
+    made, groups = stages.build(profile)["stages"], common.load_profile(profile)["runs"]
     trained = {path for entry in made["train"]["outs"] for path in entry}
-    assert trained == {f"results/smoke/{kind}/{group}" for kind in ("runs", "weights") for group in settings["runs"]}
-    read = {path for stage in made.values() for path in stage.get("deps", ()) if path.startswith(("results/smoke/runs/",
-                                                                                                  "results/smoke/weights/"))}
-    assert read <= trained
+    runs = tuple(f"results/{profile}/{kind}/" for kind in ("runs", "weights"))
+    assert trained == {f"{place}{group}" for place in runs for group in groups}
+    assert {path for stage in made.values() for path in stage.get("deps", ()) if path.startswith(runs)} <= trained
 
 
 def test_starting_a_notebook_stage_builds_no_grammars():
@@ -347,18 +345,18 @@ def test_dvc_stops_with_the_remedy_where_the_pipeline_file_lacks_a_new_group_of_
     assert "python -m pipelines.stages --write" in capfd.readouterr().err
     assert cells.source_path("toy", "quick", repository).read_bytes() == before
     common.write_text(repository / "dvc.yaml", stages.text_of("quick", repository))
-    assert reproduced("sources") == ["sources"] and "train-mine" in stages.build("quick", repository)["stages"]
+    assert reproduced("sources") == ["sources"]
 
 
 def test_the_runs_of_a_profile_decide_training_and_their_looks_only_the_notebooks(tree):
     def decided(label: str, damping: float) -> dict:
         runs = {"toy": [{"arms": {"a": {"label": label, "model": {"damping": damping}}}}]}
-        settings = {"notebooks": {"toy": {}}, "runs": runs}
-        common.write_text(tree / "pipelines" / "profiles" / "quick.yaml", yaml.safe_dump(settings))
+        profile = {"notebooks": {"toy": {}}, "runs": runs}
+        common.write_text(tree / "pipelines" / "profiles" / "quick.yaml", yaml.safe_dump(profile))
         return plan.Plan("quick", tree).decides()
 
     first, renamed, changed = decided("one", 0.5), decided("two", 0.5), decided("one", 0.6)
-    assert first["train-toy"] == renamed["train-toy"] != changed["train-toy"]
+    assert first["train"] == renamed["train"] != changed["train"]
     assert first["notebook-toy"] != renamed["notebook-toy"] and first["notebook-toy"] != changed["notebook-toy"]
 
 
@@ -375,6 +373,133 @@ def test_two_notebooks_that_make_one_figure_or_table_are_refused(tree, call, wor
     common.write_text(tree / "pipelines" / "profiles" / "quick.yaml", "notebooks: {toy: {}, other: {}}\n")
     with pytest.raises(PipelineError, match=re.escape(words)):
         stages.build("quick", tree)
+
+
+# --- experiments and profiles of one's own ---
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """This repository's code, notebooks and profiles in another folder, with the prepared corpus, as the current folder."""
+    for folder in ("eplib", "pipelines", "notebooks", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data" / "plays.txt.xz", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    call("data", "plays-chars")
+    return tmp_path
+
+
+def call(module: str, *arguments: str, code: int = 0) -> str:
+    """What a pipeline's command of the current folder prints, output and errors."""
+    done = subprocess.run([sys.executable, "-m", f"pipelines.{module}", *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_new_experiment_runs_at_once_at_smoke_size(checkout):
+    assert "notebooks/mine.ipynb" in call("new", "mine")
+    assert cells.problems("mine", checkout) == [] and stages.out_of_date(["quick", "paper"], checkout) == []
+    for profile in ("smoke", "quick"):
+        made = plan.Plan(profile, checkout)
+        assert made.read["mine"] == ["mine"]
+        assert plan.Made("figure", "mine_losses", "mine") in plan.made_by(made.notebooks["mine"])
+    call("train", "--profile", "smoke", "--experiment", "mine")
+    call("notebook", "source", "mine", "--profile", "smoke")
+    call("notebook", "run", "mine", "--profile", "smoke")
+    assert (checkout / "figures" / "smoke" / "mine" / "mine_losses.svg").is_file()
+    table = common.read_json(checkout / "results" / "smoke" / "mine" / "mine_table.json")
+    assert len(table["rows"]) == 6 and table["rows"][0][0] == "EP, linear response"
+
+
+@pytest.mark.parametrize(("name", "words"), [("Mine", "lower-case"), ("mnist", "already"), ("mnist_grid", "already")])
+def test_a_new_experiment_with_a_name_that_cannot_be_is_refused_and_nothing_written(tmp_path, name, words):
+    for folder in ("pipelines", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(PipelineError, match=words):
+        new.create(name, tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+BLOCK = """\
+from eplib.blocks import Thick
+from eplib.config import configuration
+
+
+@configuration
+class Stiff(Thick):
+    damping: float = 2.0
+"""
+
+
+def test_a_profile_outside_the_repository_names_plugins_that_are_imported_before_it_is_parsed(checkout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "my_blocks.py").write_text(BLOCK)
+    profile = profile_file(folder, "plugins: [my_blocks]\n" + ARMS.replace("{kind: Thick}", '{kind: "my_blocks:Stiff"}')
+                           .replace("model: {block: {damping: 0.5}}", "penalties: []").replace("DyadicEP", "AsymEP"))
+    assert "toy/mine" in call("train", "--profile", profile, "--experiment", "toy")
+    [run] = (checkout / "results" / "mine" / "runs" / "toy").glob("nameless-*")
+    assert common.read_json(run / "config.json")["model"]["block"]["kind"] == "my_blocks:Stiff"
+    assert str(folder / "my_blocks.py") in plan.Plan(profile, checkout).decides()["train"]["code"]
+
+
+def test_a_plugin_that_is_not_there_is_named_with_the_places_it_was_looked_for_in(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"no module 'my_blcks' in .*PYTHONPATH"):
+        profiles.configurations(profile_file(tmp_path, "plugins: [my_blcks]\n" + ARMS), "toy")
+
+
+def test_a_profile_elsewhere_with_the_name_of_one_of_ours_is_refused(tmp_path):
+    with pytest.raises(PipelineError, match=r"has a profile 'quick'.*rename the file"):
+        common.load_profile(profile_file(tmp_path, ARMS, "quick"))
+
+
+@pytest.mark.parametrize("module", ["claims", "notebook", "paper", "report", "sources", "stages", "train", "verify"])
+def test_a_fault_in_a_profiles_yaml_is_one_line_and_no_traceback(tmp_path, module):
+    arguments = (["run", "mnist"] if module == "notebook" else []) + ["--profile", profile_file(tmp_path, "runs: [a: {")]
+    said = call(module, *arguments, code=2 if module == "train" else 1)
+    assert "mine.yaml, line 2" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", ["train --profile quick --list", "claims --profile smoke", "notebook --help"])
+def test_a_reader_that_closes_the_pipe_ends_a_command_in_silence(arguments):
+    code = f"set -o pipefail; {sys.executable} -u -m pipelines.{arguments} | head -c 1"
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
+
+
+def test_a_notebook_run_by_hand_says_where_its_parameters_are_not_those_of_its_stage(tree, capsys):
+    set_profile(tree, {"count": 5, "rate": 0.1})
+    settings.by_hand("quick", "toy", {"count": 5, "rate": 0.1, "other": 1}, tree)
+    assert capsys.readouterr().out == ""
+    settings.by_hand("quick", "toy", {"count": 3, "rate": 0.1, "other": 1}, tree)
+    assert capsys.readouterr().out == "run by hand: quick.yaml gives this notebook count = 5 (here 3)\n"
+
+
+def test_a_result_that_is_a_table_shows_itself_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    value = {"title": "Losses", "columns": ["arm", "loss", "held"], "rows": [["EP <b>", 1.23456789, None], ["BPTT", 2, True]]}
+    shown = records.save_result("quick", "toy", "T1", value)
+    assert json.loads(shown.path.read_text())["rows"][1] == ["BPTT", 2, True]
+    page = shown._repr_html_()
+    assert all(part in page for part in ("T1. Losses", "<td>EP &lt;b&gt;</td>", ">1.2346</td>", "<td>–</td>", "<td>yes</td>"))
+    assert records.save_result("quick", "toy", "points", {"a": [1]})._repr_html_() is None
+
+
+@pytest.mark.parametrize(("quiet", "shown"), [("", "\rhalf of it"), ("1", "")])
+def test_progress_is_shown_in_a_notebook_run_by_hand_and_not_by_the_pipeline(monkeypatch, quiet, shown):
+    class Shell:
+        kernel = object()
+
+    ipython = type(sys)("IPython")
+    ipython.get_ipython = Shell
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setenv("TQDM_DISABLE", quiet)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        log.show_on_terminal("half of it")
+    assert said.getvalue().startswith(shown) and bool(said.getvalue()) == bool(shown)
 
 
 # --- arms: their names and colours ---
