@@ -59,6 +59,7 @@ def run(name: str, profile: str, root: Path = ROOT) -> Path:
     Its own folders results/<profile>/<name> and figures/<profile>/<name> start empty. On failure they are put back as
     they were, the failed notebook is kept beside the last good one as NAME.failed.ipynb, and PipelineError is raised.
     """
+    given = (load_profile(profile, root).get("notebooks") or {}).get(name) or {}
     path = source_path(name, profile, root)
     if not path.is_file():
         raise PipelineError(
@@ -66,7 +67,7 @@ def run(name: str, profile: str, root: Path = ROOT) -> Path:
             f"write it with: python -m pipelines.notebook source {name} --profile {profile}"
         )
     source = read_json(path)
-    parameters = validated(source, (load_profile(profile, root).get("notebooks") or {}).get(name) or {}, profile)
+    parameters = validated(source, given, profile)
     target = root / "results" / name_of(profile) / "notebooks" / f"{name}.ipynb"
     failed = target.with_name(f"{name}.failed.ipynb")
     results, figures = root / "results" / name_of(profile) / name, root / "figures" / name_of(profile) / name
