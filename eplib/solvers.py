@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import configuration
+from .dynamics import InKernel, LinearInKernel
 from .families import Family
 
 GROWTH = 1e3  # a state or residual this many times its scale has diverged
@@ -150,7 +151,7 @@ class Solver(Family):
         return None
 
     def _refuse_kernel(self, computed: Any) -> None:
-        if self.coarse is not None and hasattr(computed, "relax"):
+        if self.coarse is not None and isinstance(computed, InKernel | LinearInKernel):
             raise ValueError(f"{self.kind} rounds PyTorch's evaluations and would do nothing to the compiled kernel's; use "
                              "solvers.Anderson, or backend=\"torch\"")
 
@@ -159,7 +160,7 @@ class Solver(Family):
         """The free phase of a block under the clamp x, from `start` (by default the block's)."""
         refuse_rounding(x)
         start = block.start(x) if start is None else start
-        if self.in_kernel and hasattr(block, "relax"):
+        if self.in_kernel and isinstance(block, InKernel):
             return block.relax(self, x, start)
         self._refuse_kernel(block)
 
@@ -174,7 +175,7 @@ class Solver(Family):
         """The adjoint state of J^T a = -slope, (B, ...), from a = slope, which it is for J = -1; residuals relative to scale
         (B,)."""
         refuse_rounding(slope)
-        if self.in_kernel and hasattr(jacobian, "relax"):
+        if self.in_kernel and isinstance(jacobian, LinearInKernel):
             return jacobian.relax(self, slope, scale)
         self._refuse_kernel(jacobian)
         return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale,
@@ -352,7 +353,7 @@ class Substitution(Anderson):
     @torch.no_grad()
     def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
         start = block.start(x) if start is None else start
-        past, parts = None if hasattr(block, "relax") else block.prefix(), []
+        past, parts = None if isinstance(block, InKernel) else block.prefix(), []
         if past is None or self.chunk is None:
             return super().settle(block, x, start)
 

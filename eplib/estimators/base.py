@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..dynamics import Linearisation
 from ..families import Family
 from ..solvers import Solution, Solver, norm
 from .batch import Batch
@@ -83,13 +84,13 @@ class ByAdjoint(Estimator):
         return Report(problem.readout.loss, grads, free, found.phase, found.measured | measured, found.value)
 
 
-def linear_response(jacobian: Any, problem: Problem, solver: Solver) -> Adjoint:
+def linear_response(jacobian: Linearisation, problem: Problem, solver: Solver) -> Adjoint:
     """The adjoint state by J^T a = -g, one transposed product a step."""
     phase = solver.adjoint(jacobian, problem.slope, problem.scale)
     return Adjoint(phase.value, phase, evaluations=PRODUCT * phase.evaluations)
 
 
-def asymmetric(jacobian: Any, away: Tensor) -> Tensor:
+def asymmetric(jacobian: Linearisation, away: Tensor) -> Tensor:
     """(J - J^T) applied to states (B, K, ...), to real and imaginary parts apart."""
     if away.is_complex():
         both = asymmetric(jacobian, torch.cat([away.real, away.imag], 1))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dynamics import Dynamics
 from ..models import EquilibriumModel
 from ..solvers import Solution, Solver
 from ..starts import LinearStart
@@ -22,7 +23,7 @@ class Batch:
     model: EquilibriumModel
     inputs: Tensor
     targets: Tensor
-    dynamics: Any
+    dynamics: Dynamics
     start: Tensor | LinearStart | None = None
     carried: dict[str, Any] = field(default_factory=dict)
 

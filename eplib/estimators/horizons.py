@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import configuration
+from ..dynamics import InKernel
 from ..models import EquilibriumModel
 from ..solvers import Solution, Solver, Status, norm, relative_force
 from .base import BACKWARD, FORCE, Estimator, Steps
@@ -91,15 +92,16 @@ class BPTT(FiniteHorizon):
         return z
 
     def differentiate(self, batch: Batch, solver: Solver) -> Unrolled:
-        by_hand = hasattr(batch.dynamics, "force_and_jacobian")  # dynamics that linearise as they go
-        return self._by_hand(batch, solver) if by_hand else super().differentiate(batch, solver)
+        if isinstance(batch.dynamics, InKernel):
+            return self._by_hand(batch, batch.dynamics, solver)
+        return super().differentiate(batch, solver)
 
     @torch.no_grad()
-    def _by_hand(self, batch: Batch, solver: Solver) -> Unrolled:
+    def _by_hand(self, batch: Batch, dynamics: InKernel, solver: Solver) -> Unrolled:
         """By the chain rule written out, without a graph: u_k-1 = u_k + step J(z_k-1)^T u_k from u = g at the last state, each
         u_k contracted with what z_k-1 makes of the weights."""
-        x, dynamics = batch.x, batch.dynamics
-        z, kept, into = dynamics.start(x), [], torch.zeros_like(x)
+        x, kept = batch.x, []
+        z, into = dynamics.start(x), torch.zeros_like(x)
         total: dict[str, Tensor] = {}
         for count in range(self.steps):
             if count < self._before:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..dynamics import InKernel, LinearInKernel
 from ..solvers import Solution, Solver, norm
 from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, asymmetric
 from .problem import Problem
@@ -40,7 +41,7 @@ def lanes(values: Tensor, like: Tensor) -> Tensor:
 
 
 def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
-             cost: int, response: Tensor | None = None, held: Any = None) -> Adjoint:
+             cost: int, response: Tensor | None = None, held: LinearInKernel | None = None) -> Adjoint:
     """Relaxes z_k under F - beta_k g - correction and contrasts them: a = -Re sum_k w_k (z_k - z*).
 
     nudges beta_k and weights w_k are (B or 1, K), real or complex. The residual is that of the contrast relative to the slope,
@@ -61,11 +62,10 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
     def residual(push: Tensor, _: Tensor) -> Tensor:
         return norm(combined(push)) / unit
 
-    own_loop = solver.in_kernel and hasattr(held or problem.dynamics, "relax")
-    if own_loop and (correction is None or held is not None):
+    if solver.in_kernel and isinstance(problem.dynamics, InKernel) and (correction is None or held is not None):
         # what each trajectory may leave: the contrast adds K of them up, and half of the tolerance is for the slope's change
         allowed = unit.unsqueeze(1) / (2 * weights.shape[1] * weights.abs())
-        phase = Rounds(problem, solver, factors, allowed, held, response).solve(residual)
+        phase = Rounds(problem, problem.dynamics, solver, factors, allowed, held, response).solve(residual)
     else:
         phase = _relaxed(problem, solver, factors, correction, cost, response, residual)
     away = phase.value - problem.state.unsqueeze(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calculus import uncompiled
+from ..dynamics import Dynamics
 from ..intact import bare, compiled
 from ..models import EquilibriumModel
 from ..solvers import norm
@@ -47,7 +48,7 @@ class Problem:
     x: Tensor
     state: Tensor
     carried: dict[str, Tensor] = field(default_factory=dict)
-    dynamics: Any = None
+    dynamics: Dynamics = None  # type: ignore[assignment]  # the model's block, by __post_init__
 
     def __post_init__(self) -> None:
         if self.dynamics is None:

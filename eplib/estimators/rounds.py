@@ -1,11 +1,11 @@
 """The nudged phase where the backend has a phase's loop but not the loss."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..dynamics import InKernel, LinearInKernel
 from ..solvers import Differences, Solution, Solver, Status
 from .base import FORCE, PRODUCT, asymmetric
 from .problem import Problem
@@ -21,9 +21,10 @@ class Rounds:
     it begins no other once they have reached `max_steps`.
     """
 
-    def __init__(self, problem: Problem, solver: Solver, nudges: Tensor, allowed: Tensor, held: Any, response: Tensor | None):
+    def __init__(self, problem: Problem, dynamics: InKernel, solver: Solver, nudges: Tensor, allowed: Tensor,
+                 held: LinearInKernel | None, response: Tensor | None):
         """nudges beta_k (B or 1, K, 1 ...). allowed (B, K): what a trajectory may leave, in units of the tolerance."""
-        self.problem, self.solver, self.nudges, self.allowed = problem, solver, nudges, allowed
+        self.problem, self.dynamics, self.solver, self.nudges, self.allowed = problem, dynamics, solver, nudges, allowed
         self.held, self.response, self.first = held, response, True
         self.centre, self.rest = problem.state.unsqueeze(1), problem.force(problem.state).unsqueeze(1)
         self.states = self.best = self.centre.repeat_interleave(allowed.shape[1], 1)
@@ -57,7 +58,7 @@ class Rounds:
         """Where a round takes the trajectories, (B, K, ...)."""
         if self.held is None:
             clamp = self.problem.x.unsqueeze(1) - self.rest - self.nudges * self.slope
-            phase = self.problem.dynamics.relax(self.solver, clamp.flatten(0, 1), self.states.flatten(0, 1), scale.flatten())
+            phase = self.dynamics.relax(self.solver, clamp.flatten(0, 1), self.states.flatten(0, 1), scale.flatten())
             self._count([phase], active)
             return phase.value.view_as(self.states) - self.states
         if self.first:
