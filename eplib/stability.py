@@ -41,10 +41,11 @@ def measured(run: Run) -> bool:
     return residual is not None and bool((residual <= CONVERGED)[~np.isnan(_abscissas(run))].all())
 
 
-def rightmost(run: Run) -> Mode:
-    """The rightmost mode over a run's evaluations: value and frequency are those of one mode; NaN where the phase diverged in
-    all of them."""
-    curve, found = run.curve, _abscissas(run)
+def rightmost(run: Run, since: float = 0.0) -> Mode:
+    """The rightmost mode over a run's evaluations after this share of its updates: value and frequency are those of one mode;
+    NaN where the phase diverged in all of them."""
+    curve = run.curve
+    found = np.where(curve["step"] > since * run.config.steps, _abscissas(run), np.nan)
     if np.isnan(found).all():
         return Mode(math.nan, math.nan, 0)
     at = int(np.nanargmax(found))

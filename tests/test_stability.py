@@ -32,6 +32,12 @@ def test_value_and_frequency_are_those_of_one_mode_of_one_run():
     assert stability.listed(runs) == "0.200, 0.900 (±2.46i), -0.200 (±1.00i)"
 
 
+def test_a_mode_of_the_first_half_says_nothing_of_the_second():
+    late = run([0.9, 0.5, -0.2, -0.3], [1.0, 0.0, 2.0, 0.0], [0] * 4, config=config(steps=40))
+    assert stability.rightmost(late, since=0.5) == stability.Mode(-0.2, 2.0, 30)
+    assert np.isnan(stability.rightmost(late, since=1.0).abscissa)
+
+
 def test_one_run_that_crosses_is_seen_among_many_that_do_not():
     found = stability.crossing([run([-0.1], [0.0], [0])] * 20 + [run([0.01], [1.0], [0])])
     assert found["value"] == 0.01 and found["crossed"] == found["oscillating"] == 1 and found["n"] == 21
