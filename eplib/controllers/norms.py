@@ -21,7 +21,7 @@ def _graph(problem: Problem) -> Any:
 class ResidualDriven:
     """A coefficient that follows the free residual: multiplied by (r / target)^gain at every call, r being the batch's largest
     residual smoothed by an exponential average, and kept within floor and ceiling. The floor is never zero: a controller that
-    has annealed away is not there when the next update needs it (002).
+    has annealed away is not there when the next update needs it (Hao 2026).
     """
 
     target: Annotated[float, Field(gt=0)] = 1.5e-2
@@ -71,7 +71,7 @@ class JacobianNorm(Penalty):
 @configuration
 class ResidualPenalty(Penalty):
     """Penalty strength * mean_b (||F(z_b)|| / ||z_b||)^2 at the state that the free phase reached and that is evaluated: it
-    acts where the phase has not settled and is silent where it has (002)."""
+    acts where the phase has not settled and is silent where it has (Hao 2026)."""
 
     strength: Strength = 100.0
 

@@ -118,7 +118,7 @@ def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z
 
 def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]], estimator: Estimator,
                   horizons: tuple[int, int], solver: Solver, nudged: Solver) -> dict[str, float]:
-    """Gradient triangulation (002): an estimator against BPTT at two horizons, and each against itself on another batch.
+    """Gradient triangulation (Hao 2026): an estimator against BPTT at two horizons, and each against itself on another batch.
 
     batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at
     the two horizons) and the norm ratio estimator / BPTT; the self-cosines compare successive batches. An estimator whose phase
@@ -307,7 +307,7 @@ def attention_distance(jacobian: Any) -> Tensor:
 
 def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
                 step: float = 0.5) -> dict[str, float]:
-    """Operator fingerprint (002): what a stored checkpoint's free phase and Jacobian are like on one batch, in one call.
+    """Operator fingerprint (Hao 2026): what a stored checkpoint's free phase and Jacobian are like on one batch, in one call.
 
     residual: of the free phase, the largest. abscissa: largest real part of the eigenvalues of J, and frequency: the imaginary
     part of that eigenvalue; rate_arnoldi: spectral radius of I + step J, the step being `rate_step`; all exact and over all
