@@ -124,8 +124,8 @@ def test_the_bound_on_the_spectral_norm_is_one_and_tight():
     torch.manual_seed(0)
     for shape in ((64, 64), (256, 64), (8, 40)):
         weight = torch.randn(shape, dtype=torch.float64)
-        assert 0.85 < torch.linalg.matrix_norm(blocks._at_most(weight, 1.0), 2) <= 1 + 1e-12
-        assert torch.equal(blocks._at_most(weight, 1e3), weight)
+        assert 0.85 < torch.linalg.matrix_norm(blocks.monotone._at_most(weight, 1.0), 2) <= 1 + 1e-12
+        assert torch.equal(blocks.monotone._at_most(weight, 1e3), weight)
 
 
 def test_layered_is_the_ordinary_transformer_after_as_many_sweeps_as_layers():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import eplib
-from eplib import energies, estimators, solvers
+from eplib import blocks, estimators, solvers
 from eplib.blocks import Dynamical
 from eplib.diagnostics import adjoint_gradient, agreement
 from eplib.models import EquilibriumModel
@@ -16,7 +16,7 @@ TIGHT = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-13)
 NUDGED = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-9)
 
 
-class Hopfield(energies.FromEnergy):
+class Hopfield(blocks.FromEnergy):
     """E = |s|^2 / 2 - sum_l <s_l, W_l s_(l-1) + b_l> over layers s_l in the box, s_0 being the clamped input."""
 
     box = (0.0, 1.0)
@@ -100,7 +100,7 @@ def test_plain_ep_needs_the_pull_inside_the_box(monkeypatch):
     """Negative control: J is not symmetric where units are held, and saturated outputs are pulled."""
     case = (network(), *batch(), estimators.VectorField(beta=1e-4))
     assert error(*case) < 1e-4
-    monkeypatch.setattr(energies.FromEnergy, "nudged", None)
+    monkeypatch.setattr(blocks.FromEnergy, "nudged", None)
     assert error(*case) > 1e-2
 
 
@@ -113,7 +113,7 @@ def test_states_stay_in_the_box_under_steps_of_at_most_one():
             assert moved.min() > -1e-12 and moved.max() < 1 + 1e-12
 
 
-class Bowl(energies.FromEnergy):
+class Bowl(blocks.FromEnergy):
     """E = z A z / 2 - <x, z>, without a box unless one is given: a quadratic programme."""
 
     def __init__(self, matrix, box=None):
@@ -162,7 +162,7 @@ def test_a_complex_nudge_is_refused_by_name():
     (lambda z: z.square().mean(), None, r"energy of Odd has shape \(\) for states \(3, 5\); give one for each sample"),
     (lambda z: z.square().sum(-1), (1.0, 0.0), r"box of Odd is \(1.0, 0.0\); its first number is to be below")])
 def test_an_energy_that_is_none_says_what_to_do(energy, box, says):
-    Odd = type("Odd", (energies.FromEnergy,), {"box": box, "energy": lambda self, z, x: energy(z)})
+    Odd = type("Odd", (blocks.FromEnergy,), {"box": box, "energy": lambda self, z, x: energy(z)})
     with pytest.raises(ValueError, match=says):
         Odd()(torch.ones(3, 5), torch.ones(3, 5))
 

@@ -20,7 +20,7 @@ from eplib.families import Family
 from eplib.runconfig import Task
 from eplib.solvers import Solver
 
-MODULES = ("blocks", "controllers", "estimators", "horizons", "solvers", "starts", "training")
+MODULES = ("blocks", "controllers", "estimators", "solvers", "starts", "training")
 CLASSES = sorted({kind for module in MODULES for kind in vars(import_module(f"eplib.{module}")).values()
                   if is_dataclass(kind) and hasattr(kind, "__pydantic_config__") and not kind.__name__.startswith("_")},
                  key=lambda kind: kind.__name__)

@@ -117,7 +117,7 @@ def test_negative_control_flipped_correction_fails_the_proof(estimator, monkeypa
     """At weights at which every flipped phase settles: that it diverges elsewhere would prove nothing of its gradient."""
     model, inputs, targets = transformer(init=0.3)
     truth = adjoint_gradient(model, inputs, targets, model.settle(inputs, TIGHT).value)
-    monkeypatch.setattr(blocks, "Jacobian", Flipped)
+    monkeypatch.setattr(blocks.thick, "Jacobian", Flipped)
     report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT,
                             nudged=replace(NUDGED, max_steps=300))
     assert report.status is Status.CONVERGED

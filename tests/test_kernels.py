@@ -455,8 +455,8 @@ def test_shapes_that_the_kernel_would_misread_are_refused():
 
 
 def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "path", lambda: tmp_path / "build" / "thick-0.so")
-    monkeypatch.setattr(kernels, "compiler", lambda: None)
+    monkeypatch.setattr(kernels.compile, "path", lambda: tmp_path / "build" / "thick-0.so")
+    monkeypatch.setattr(kernels.compile, "compiler", lambda: None)
     kernels.library.cache_clear()
     try:
         with pytest.raises(kernels.KernelError, match=r"python -m eplib.kernels"):
@@ -467,7 +467,7 @@ def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
         kernels.library.cache_clear()
     (tmp_path / "broken.cpp").write_text("int main( {")
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "broken.cpp")
+    monkeypatch.setattr(kernels.compile, "SOURCE", tmp_path / "broken.cpp")
     with pytest.raises(kernels.KernelError, match=r"could not compile broken.cpp"):
         kernels.build()
     assert not any((tmp_path / "build").iterdir())
@@ -500,7 +500,7 @@ def test_memory_does_not_grow_with_the_steps(backend, estimator):
     def peak(steps):
         exactly = Relaxation(step=0.8, max_steps=steps, tol=0.0)
         gc.collect()
-        kernels._Storage.spare.clear()  # what the kernel keeps from call to call would not be counted
+        kernels.storage.Storage.spare.clear()  # what the kernel keeps from call to call would not be counted
         with LiveBytes() as counter:
             small_step(backend, estimator=estimator, solver=exactly, nudged=exactly)
         return counter.peak

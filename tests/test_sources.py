@@ -18,7 +18,7 @@ CONFIG = RunConfig(experiment="x", arm="ep", steps=1, data=Text(corpus="plays"),
                    model=Architecture(context=8, block=blocks.Thick()))
 OWN = '''"""A block of the user's own."""
 
-from eplib import blocks, energies
+from eplib import blocks, diagnostics
 from eplib.config import configuration
 
 SCALE = 2.0

@@ -102,7 +102,7 @@ class _Slopes(TorchFunctionMode):
 
     def error(self, what: str) -> TypeError:
         return TypeError(f"the force of {self.block} {what}; J, its derivative in the state, is then not what it seems. Take "
-                         "slopes by torch.func.grad, or give the energy alone: energies.FromEnergy")
+                         "slopes by torch.func.grad, or give the energy alone: blocks.FromEnergy")
 
 
 _SEEN: WeakSet[nn.Module] = WeakSet()  # blocks whose force was looked through

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .blocks import Dynamical
+from .base import Dynamical
 
 
 class FromEnergy(Dynamical, ABC):

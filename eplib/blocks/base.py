@@ -1,0 +1,100 @@
+"""What all blocks are made of: a module with a force, its derivative, and the configuration that builds it."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..calculus import (
+    AttentionSlope,
+    AutomaticSlope,
+    Derivative,
+    ParallelSlope,
+    Prefix,
+    ThinSlope,
+)
+from ..families import Family
+
+
+class Dynamical(nn.Module):
+    """A block that relaxes from its clamped input: what the equilibrium blocks share."""
+
+    explicit = False  # whether the start state is the answer
+    damping = 0.0  # c of the term -c z
+
+    @property
+    def holomorphic(self) -> bool:
+        """Whether the force takes complex states, as its holomorphic extension."""
+        return False
+
+    def drive(self, x: Tensor) -> Tensor:
+        return x
+
+    def start(self, x: Tensor) -> Tensor:
+        return x
+
+    def output(self, z: Tensor) -> Tensor:
+        return z
+
+    def altered(self) -> str | None:
+        """What of the block its derivative by hand does not know, in words; None if there is nothing."""
+        return "it has no derivative by hand"
+
+    def linearise(self, z: Tensor, x: Tensor) -> Derivative:
+        """J at states z (B, ...) under the clamp x, (B, ...) or such that it broadcasts."""
+        return AutomaticSlope(self, z, x) if self.altered() else self._by_hand(z, x)
+
+    def _by_hand(self, z: Tensor, x: Tensor) -> Derivative:
+        raise NotImplementedError
+
+    def prefix(self) -> Prefix | None:
+        """An empty past, under which the tokens of a causal block settle one after the other; None for blocks without one."""
+        return None
+
+
+class Jacobian(Derivative):
+    """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights'
+    names in the block; causal: whether a token's force depends on those before it only."""
+
+    def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, weights: Callable[[], Iterable[Tensor]],
+                 decay: float, owner: str, causal: bool):
+        super().__init__(z, x, weights)
+        self.inner, self.decay, self.owner, self.by_token = inner, decay, owner, causal
+
+    @property
+    def attention(self) -> AttentionSlope:
+        """Derivative of the attention, which holds its `weights` (..., H, T, T)."""
+        return self.inner.attention
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.inner.product(self._along(v)) - self.decay * v
+
+    def token_product(self, v: Tensor) -> Tensor:
+        return self.inner.token_product(self._along(v)) - self.decay * v
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self.inner.transposed(self._along(u)) - self.decay * u
+
+    def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        found = self.inner.contract(self._along(u, several=False))
+        return {f"{self.owner}{name}": value for name, value in found.items()}, u.sum_to_size(self.clamped)
+
+
+Damping = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0)]
+
+
+class Block(Family):
+    """Configuration of a block."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def causal(self) -> bool:
+            """Whether a token's force depends on those before it only: for text."""
+
+    def build(self, width: int, heads: int, context: int) -> Dynamical:
+        """The module for states (..., T <= context, width)."""
+        raise NotImplementedError
