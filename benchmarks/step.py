@@ -34,15 +34,15 @@ from eplib.blocks import EquilibriumBlock, Feedforward
 from eplib.calculus import AutomaticSlope
 from eplib.config import digest, plain
 from eplib.controllers import ContractionRate, Integral
-from eplib.diagnostics import LiveBytes, agreement, without_readout
+from eplib.diagnostics import LiveBytes, agreement
 from eplib.estimators import BPTT, AsymEP, Backprop, DyadicEP, Implicit, Report, Tracking
-from eplib.models import Backend, EquilibriumModel, LanguageModel
+from eplib.models import Backend, LanguageModel, Model
 from eplib.solvers import Anderson, MixedPrecision, Relaxation, Solver, Substitution, norm
 from eplib.sources import source_digest
 from eplib.spectra import contraction_rate
 from eplib.starts import LinearStart
 from eplib.store.records import ROOT, configurations, machine
-from eplib.training import Mnist, RunConfig, Trainer, build_model, build_task
+from eplib.training import Mnist, RunConfig, Trainer, Transformer, build_model, build_task
 
 Step = Callable[[Tensor, Tensor], Report | dict]
 BATCHES = 6
@@ -62,8 +62,8 @@ class Point:
     run that it comes from."""
 
     name: str
-    model: EquilibriumModel
-    twin: EquilibriumModel
+    model: Model
+    twin: Model
     batches: list[tuple[Tensor, Tensor]]
     penalty: ContractionRate
 
@@ -82,6 +82,7 @@ def run_config(size: str) -> RunConfig:
     """The run whose initial and last weights are timed: E3's or E2's linear response in the quick profile, at this size."""
     experiment, shape, _, steps = SIZES[size]
     config = next(c for c in configurations("quick", experiment) if c.arm == "ep_linear" and c.seed == 0)
+    assert isinstance(config.model, Transformer)
     config = replace(config, model=replace(config.model, **shape), steps=steps or config.steps, audit_every=None)
     return replace(config, data=replace(config.data, patch=7)) if isinstance(config.data, Mnist) else config
 
@@ -95,18 +96,19 @@ def points(size: str) -> list[Point]:
     return points_of(replace(config, batch=batch), deepcopy(trainer.average).requires_grad_())
 
 
-def points_of(config: RunConfig, trained: EquilibriumModel) -> list[Point]:
+def points_of(config: RunConfig, trained: Model) -> list[Point]:
     """A run's initial weights and its trained ones, with batches that it never saw."""
     task = build_task(config, ROOT / "data")
+    assert isinstance(config.model, Transformer)
     block = Feedforward(causal=config.model.block.causal)
     ordinary = replace(config, model=replace(config.model, block=block), estimator=Backprop(), nudged=None, start=None,
                        gate=None, penalties=(), audit_every=None, adaptive=False)
-    twin = build_model(ordinary, build_task(ordinary, ROOT / "data"))
+    twin = build_model(ordinary, task.signal)
     batches = [task.batch(config.steps + i) for i in range(BATCHES)]
     penalty = config.penalties[0]
     assert isinstance(penalty, ContractionRate)
     return [Point(name, model, twin, batches, penalty)
-            for name, model in (("initial", build_model(config, task)), ("trained", trained))]
+            for name, model in (("initial", build_model(config, task.signal)), ("trained", trained))]
 
 
 def fastest() -> Backend:
@@ -135,7 +137,7 @@ class Uncached(EquilibriumBlock):
         return UncachedSlope(self, z, x)
 
 
-def uncached(model: EquilibriumModel) -> EquilibriumModel:
+def uncached(model: Model) -> Model:
     model = deepcopy(model)
     model.block.__class__ = Uncached
     return model
@@ -151,7 +153,7 @@ class Torchdeq:
         self.deq = get_deq(f_solver=solver, b_solver=solver, f_max_iter=64, b_max_iter=40, f_stop_mode="rel", b_stop_mode="rel",
                            b_tol=STEP * ADJOINT, ift=True, **settings)
 
-    def __call__(self, model: EquilibriumModel, inputs: Tensor, targets: Tensor) -> dict:
+    def __call__(self, model: Model, inputs: Tensor, targets: Tensor) -> dict:
         self.deq.train()
         x = model.clamp(inputs)
         states, _ = self.deq(lambda z: z + STEP * model.block(z, x), model.block.start(x.detach()))
@@ -178,7 +180,7 @@ def arms(point: Point, backend: str, horizon: int) -> dict[str, Step]:
     moved = max((norm(found.adjoint) / norm(found.free.value)).max().item() for found in responses)
     beta = float(f"{DISPLACEMENT / moved:.1g}")
 
-    def ep(model: EquilibriumModel = point.model, **settings: Any) -> Callable[[Tensor, Tensor], Report]:
+    def ep(model: Model = point.model, **settings: Any) -> Callable[[Tensor, Tensor], Report]:
         carried: dict = {}
 
         def step(inputs: Tensor, targets: Tensor) -> Report:
@@ -237,7 +239,7 @@ def accuracy(point: Point, step: Callable, truth: list[dict[str, Tensor]]) -> di
         worst["free_residual"] = max(worst["free_residual"], free.max().item())
         if nudged:
             worst["adjoint_residual"] = max(worst["adjoint_residual"], nudged.residual.max().item())
-        cosine = agreement(without_readout(grads), without_readout({k: v.float() for k, v in exact.items()}))["total"].cosine
+        cosine = agreement(*map(point.model.without_readout, (grads, {k: v.float() for k, v in exact.items()})))["total"].cosine
         worst["cosine"] = min(worst["cosine"], cosine)
     return worst | extra
 

@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "ep_loss", "__version__"]
 
 _LAZY = {"gradient": "estimators", "ep_loss": "estimators"}
-_MODULES = ("blocks", "calculus", "controllers", "data", "diagnostics",
+_MODULES = ("blocks", "calculus", "codecs", "controllers", "data", "diagnostics",
             "estimators", "evaluation", "families", "kernels", "log", "markup", "models", "plotting", "profiles",
-            "runconfig", "settings", "solvers", "spectra", "starts", "store", "tasks", "training")
+            "runconfig", "settings", "solvers", "sources", "spectra", "starts", "store", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:

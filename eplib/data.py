@@ -1,24 +1,23 @@
-"""Reading the data sets: MNIST and tokenised text, as NumPy arrays, each file checked against its SHA-256.
+"""Reading the data sets: MNIST, tokenised text and files of your own, as NumPy arrays, each file checked against its SHA-256.
 
-Getting and preparing them is the job of `python -m pipelines.data`; this module only reads, and needs NumPy alone
-(`tokenizers` for `encode` and `decode` of BPE text).
+Getting and preparing the known ones is the job of `python -m pipelines.data`. Needs no torch.
 """
 
-import functools
 import hashlib
 import io
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from .codecs import BPE_SHARE, TOKENS, Bpe, Chars, Codec, DataError, Vocabulary, learned, restored
+from .files import ROOT
 
-class DataError(Exception):
-    """Data is missing or damaged; the message names the file and says what to do."""
+__all__ = ["BPE_SHARE", "CORPORA", "DATA", "MNIST_FILES", "TOKENS", "Bpe", "Chars", "DataError", "Mnist", "RawFile", "Text",
+           "Vocabulary", "check", "content_digest", "files_in", "located", "mnist", "own_text", "text", "tokenised",
+           "unchanged"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ CORPORA = {
     "tinystories": RawFile("tinystories_4726.txt", 3_873_128,
                            "b1171eda41ce078b8f7c7bc7162d8ddfec429f8d72ae454d48905bfe688c16a6"),
 }
-DATA = Path(__file__).resolve().parent.parent / "data"  # wherever a notebook or a command is started
-TOKENS = re.compile(r"chars|bpe([1-9][0-9]*)")
-BPE_SHARE = 0.9  # of a text, from its start, from which byte pairs are learned: a run holds out at most what comes after it
+DATA = ROOT / "data"
 
 
 @dataclass(frozen=True)
@@ -64,77 +61,15 @@ class Mnist:
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenised corpus: its ids in order, int64 (N,), and its vocabulary. What of it is held out is a run's own choice
-    (`training.TextTask`)."""
+    """A tokenised text: its ids in order, int64 (N,), and what makes a text of ids. What of it is held out is a task's own
+    choice."""
 
-    corpus: str
-    tokens: str
     ids: np.ndarray
-    vocab: int
-    codec: "Chars | Bpe"
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text; raises DataError on a character that the vocabulary lacks."""
-        return self.codec.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        return self.codec.decode(ids)
-
-
-@dataclass(frozen=True)
-class Chars:
-    """One token per character; the id is the position in `symbols`."""
-
-    symbols: tuple[str, ...]
+    codec: Codec
 
     @property
     def vocab(self) -> int:
-        return len(self.symbols)
-
-    @functools.cached_property
-    def ids(self) -> dict[str, int]:
-        return {symbol: i for i, symbol in enumerate(self.symbols)}
-
-    def encode(self, text: str) -> list[int]:
-        unknown = sorted(set(text) - self.ids.keys())
-        if unknown:
-            raise DataError(f"cannot encode {''.join(unknown)!r}: the vocabulary has only {''.join(self.symbols)!r}")
-        return [self.ids[symbol] for symbol in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.symbols[int(i)] for i in ids)
-
-    def to_json(self) -> dict:
-        return {"kind": "chars", "symbols": list(self.symbols)}
-
-
-@dataclass(frozen=True)
-class Bpe:
-    """Byte-level BPE, kept as the JSON text of the `tokenizers` library."""
-
-    tokenizer: str
-
-    @functools.cached_property
-    def vocab(self) -> int:
-        model = json.loads(self.tokenizer)
-        return len(set(model["model"]["vocab"]) | {token["content"] for token in model["added_tokens"]})
-
-    @functools.cached_property
-    def library(self) -> Any:
-        from tokenizers import Tokenizer  # here, because training on prepared ids needs no tokenizers
-
-        return Tokenizer.from_str(self.tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        lines = self.library.encode_batch(text.splitlines(keepends=True))  # in parallel; tokens do not cross lines
-        return [i for line in lines for i in line.ids]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def to_json(self) -> dict:
-        return {"kind": "bpe", "tokenizer": json.loads(self.tokenizer)}
+        return self.codec.vocab
 
 
 def check(content: bytes, file: RawFile) -> str | None:
@@ -170,8 +105,7 @@ def text(corpus: str, tokens: str, root: str | Path = DATA) -> Text:
     vocabulary, ids_file = _read(folder / "vocab.json", root, name), _read(folder / "ids.npy", root, name)
     try:
         meta = json.loads(vocabulary)
-        codec = Chars(tuple(meta["symbols"])) if meta["kind"] == "chars" else Bpe(json.dumps(meta["tokenizer"]))
-        source, digest = meta["source_sha256"], meta["ids_sha256"]
+        codec, source, digest = restored(meta), meta["source_sha256"], meta["ids_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         problem = f"is not a vocabulary ({type(error).__name__}: {error})"
         raise _damaged(folder / "vocab.json", problem, root, name) from error
@@ -179,8 +113,72 @@ def text(corpus: str, tokens: str, root: str | Path = DATA) -> Text:
         raise _damaged(folder, f"was made from another version of {corpus}", root, name)
     if hashlib.sha256(ids_file).hexdigest() != digest:
         raise _damaged(folder / "ids.npy", "does not belong to the vocab.json beside it", root, name)
-    ids = np.load(io.BytesIO(ids_file), allow_pickle=False).astype(np.int64)
-    return Text(corpus, tokens, ids, codec.vocab, codec)
+    return Text(np.load(io.BytesIO(ids_file), allow_pickle=False).astype(np.int64), codec)
+
+
+def tokenised(source: str, sha256: str, tokens: str) -> tuple[dict[str, bytes], str]:
+    """The files of a token set, {name: content}, of a text and its digest; and what they hold, in words."""
+    codec = learned(source, tokens)
+    ids, buffer = np.array(codec.encode(source), dtype=np.uint16), io.BytesIO()
+    np.save(buffer, ids, allow_pickle=False)
+    meta = codec.to_json() | {"source_sha256": sha256, "ids_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    return {"ids.npy": buffer.getvalue(), "vocab.json": (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}, \
+        f"{len(ids):,} tokens, vocabulary {codec.vocab}"
+
+
+def own_text(path: str, sha256: str, tokens: str) -> Text:
+    """Return a text of your own, UTF-8. Raises DataError if it is not there, or not what it was (`content_digest`)."""
+    unchanged(path, sha256)
+    try:
+        source = located(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    codec = _learned_once(source, tokens)
+    return Text(np.array(codec.encode(source), dtype=np.int64), codec)
+
+
+_learned_once = cache(learned)  # byte pairs of a text take seconds, and several runs of a process read it
+
+
+def located(path: str) -> Path:
+    """Where a file or folder of your own is: seen from the working directory, or from the repository's folder. Raises DataError
+    if it is at neither."""
+    places = list(dict.fromkeys((base / Path(path).expanduser()).resolve() for base in (Path.cwd(), ROOT)))
+    for place in places:
+        if place.exists():
+            return place
+    raise DataError(f"there is no {' or '.join(map(str, places))}; give a path seen from the working directory or from the "
+                    "repository's folder")
+
+
+def files_in(place: Path, suffix: str) -> list[Path]:
+    """A file itself, or all files of a suffix in a folder, sorted."""
+    return sorted(place.rglob(f"*{suffix}")) if place.is_dir() else [place]
+
+
+def content_digest(path: str, suffix: str = "") -> str:
+    """SHA-256 of a file's content, or of the names and contents of a folder's files of a suffix. Raises DataError if there is
+    nothing."""
+    place = located(path)
+    found = tuple((one, one.stat().st_mtime_ns, one.stat().st_size) for one in files_in(place, suffix))
+    if not found:
+        raise DataError(f"{place} holds no {suffix} file")
+    return _content_digest(place, found)
+
+
+@cache
+def _content_digest(place: Path, found: tuple[tuple[Path, int, int], ...]) -> str:
+    if not place.is_dir():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    listed = [f"{one.relative_to(place).as_posix()} {hashlib.sha256(one.read_bytes()).hexdigest()}" for one, *_ in found]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
+
+
+def unchanged(path: str, sha256: str, suffix: str = "") -> None:
+    """Raises DataError unless files of your own are what they were."""
+    if (found := content_digest(path, suffix)) != sha256:
+        raise DataError(f"{path} has SHA-256 {found} and the run was configured with {sha256}: it has changed since. Put it "
+                        "back as it was, or leave sha256 out, for a run on what it holds now")
 
 
 def _idx(content: bytes) -> np.ndarray:

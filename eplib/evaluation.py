@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from . import spectra
 from .controllers import ContractionRate
 from .estimators import Problem
-from .models import Backend, EquilibriumModel
+from .models import Backend, Model
 from .solvers import Relaxation, Solver
-from .tasks import Task
+from .tasks import Dataset
 
 EXCURSION = 1e-1  # free residual above which a sample, and a step by the largest of its batch, counts as an excursion
 # Sequences of the first training batch at whose fixed point an evaluation takes the spectrum. One costs as much as 3 training
@@ -25,7 +25,7 @@ def moved(model: nn.Module, a: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int | None = None, backend: Backend = "torch",
+def evaluate(model: Model, task: Dataset, solver: Solver, batches: int | None = None, backend: Backend = "torch",
              start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
     """Loss (nats) and accuracy (percent) over the targets that count of the validation split or its first `batches` batches;
     of the free phase residual and steps, `settled`, the share of samples that ended at or below the solver's tolerance, and
@@ -41,9 +41,9 @@ def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int |
         inputs, targets = moved(model, inputs), moved(model, targets)
         x = model.clamp(inputs)
         solution = solver.settle(dynamics, x, start(x) if start else None)
-        logits, counted = model.logits(model.block.output(solution.value)), model.counted(targets)
-        losses.append(model.loss_of(logits, targets)[counted > 0])
-        right += int(model.correct(logits, targets).sum())
+        predictions, counted = model.predict(model.block.output(solution.value)), model.counted(targets)
+        losses.append(model.loss_of(predictions, targets)[counted > 0])
+        right += int(model.correct(predictions, targets).sum())
         total += int(counted.sum())
         residuals.append(solution.residual)
         steps.append(solution.steps)
@@ -54,7 +54,7 @@ def evaluate(model: EquilibriumModel, task: Task, solver: Solver, batches: int |
             "excursions": int((~(residual <= EXCURSION)).sum()), "iterations": torch.cat(steps).double().mean().item()}
 
 
-def edges(model: EquilibriumModel, inputs: Tensor, solver: Solver, penalties: tuple = ()) -> dict[str, float]:
+def edges(model: Model, inputs: Tensor, solver: Solver, penalties: tuple = ()) -> dict[str, float]:
     """The spectrum's ends (`spectra.edges`) and the numerical abscissa at the states in which the first `SEQUENCES` of inputs
     end, `edges_residual` being the largest residual there, and the rate at which plain relaxation at the solver's step ends;
     nothing where the free phase diverges or is none.

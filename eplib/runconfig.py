@@ -1,60 +1,23 @@
 """What a training run is, as one validated configuration: data, model, estimator, solvers, controllers, optimiser, budget."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
-from .blocks import Block, Feedforward, Layered
 from .config import configuration
 from .controllers import Penalty
-from .data import BPE_SHARE
+from .data import DATA
 from .estimators import Beta, Estimator, second_phase
-from .families import Family
+from .models import Architecture, Model
 from .solvers import Relaxation, Solver
 from .starts import LinearStart
+from .tasks import Dataset, Signal, Task
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Task(Family):
-    """What a run learns."""
-
-
-@configuration
-class Mnist(Task):
-    """MNIST in square patches; `limit` takes the first training images only, the test set is always whole."""
-
-    patch: Literal[4, 7, 14] = 7
-    limit: Positive | None = None
-
-
-@configuration
-class Text(Task):
-    """A corpus in tokens; the last `validation` share of it is the validation split."""
-
-    corpus: Literal["plays", "tinyshakespeare", "tinystories"]
-    tokens: Literal["chars", "bpe1024", "bpe4096"] = "chars"
-    validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-
-    @model_validator(mode="after")
-    def _unseen(self) -> "Text":
-        if self.tokens != "chars" and self.validation + BPE_SHARE > 1 + 1e-9:
-            raise ValueError(f"{self.tokens} was learned on the first {BPE_SHARE:.0%} of the text, so "
-                             f"validation={self.validation} would hold out what it has seen; choose at most "
-                             f"{1 - BPE_SHARE:.2g}")
-        return self
-
-
-@configuration
-class Architecture:
-    """Shape of the model. `context` is the length of a text sequence; images have as many tokens as patches and none of it."""
-
-    width: Positive = 64
-    heads: Positive = 4
-    context: Positive | None = None
-    block: Block
 
 
 @configuration
@@ -157,27 +120,22 @@ class RunConfig:
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
-        block, kind, text = self.model.block, self.estimator.kind, isinstance(self.data, Text)
-        if isinstance(block, Feedforward) != self.estimator.explicit:
-            raise ValueError(f"block {block.kind} does not fit estimator {kind}: Feedforward goes with Backprop, an "
+        kind = self.estimator.kind
+        if self.model.explicit != self.estimator.explicit:
+            raise ValueError(f"{self.model.described} does not fit estimator {kind}: Feedforward goes with Backprop, an "
                              "equilibrium block with any other estimator")
-        if block.causal != text:
-            raise ValueError("block.causal must be true for Text and false for Mnist")
-        if text != (self.model.context is not None):
-            raise ValueError("model.context is the length of a text sequence: Text needs one, got context=None" if text else
-                             f"images have as many tokens as patches, so context={self.model.context} would do nothing; leave "
-                             "model.context out")
+        self.data.fits(self.model)
         second_phase(self.estimator, self.solver, self.nudged)
         if self.start and not self.estimator.equilibrium:
             raise ValueError(f"start predicts where a free phase starts, and {kind} begins at the block's own; leave it out")
-        if self.start and isinstance(block, Layered):
-            raise ValueError("start predicts states of the clamp's shape, and Layered has one for each layer; leave it out")
+        if self.start and not self.model.clamp_shaped:
+            raise ValueError(f"start predicts states of the clamp's shape, and {self.model.described} has others; leave it out")
         if self.optimiser.clipping == "apart" and not self.penalties:
             raise ValueError("optimiser.clipping apart cuts the penalties' gradient by the task's, and there are no penalties; "
                              "give clipping: together, or penalties")
         if self.estimator.explicit and (self.gate or self.penalties):
-            raise ValueError(f"{block.kind} has no dynamics: its residual is zero, so gate={self.gate} would never act, and "
-                             "penalties have no fixed point to act at; give gate: null and penalties: []")
+            raise ValueError(f"{self.model.described} has no dynamics: its residual is zero, so gate={self.gate} would never "
+                             "act, and penalties have no fixed point to act at; give gate: null and penalties: []")
         return self
 
     @model_validator(mode="after")
@@ -203,8 +161,8 @@ class RunConfig:
         if self.frozen and (self.penalties or self.audit_every):
             raise ValueError("frozen leaves penalties nothing to change and audits nothing to compare; give penalties: [] and "
                              "audit_every: null")
-        if self.adaptive and (isinstance(self.data, Text) or self.estimator.explicit):
-            raise ValueError("adaptive counts the iterations of MNIST's test images; it needs Mnist and an equilibrium block")
+        if self.adaptive and (not self.data.labelled or self.estimator.explicit):
+            raise ValueError("adaptive counts the iterations of test images; it needs Mnist or Images and an equilibrium block")
         return self
 
     def estimator_at(self, step: int) -> Estimator:
@@ -214,3 +172,14 @@ class RunConfig:
         estimator: Any = self.estimator  # one that has a beta, by _measurements_fit
         first = estimator.beta
         return replace(estimator, beta=first + (self.anneal - first) * step / max(1, self.steps - 1))
+
+
+def build_task(config: RunConfig, root: Path | str = DATA) -> Dataset:
+    """The run's data. Raises `eplib.data.DataError` if they are not at `root`, ValueError if context or batch do not fit."""
+    return config.data.load(Path(root), batch=config.batch, seed=config.seed, context=config.model.context)
+
+
+def build_model(config: RunConfig, signal: Signal) -> Model:
+    """The run's model with its initial weights, which depend on the seed and the shape only; `signal` is its task's."""
+    torch.manual_seed(config.seed)
+    return config.model.build(signal)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Dynamical
-from .models import EquilibriumModel
+from .models import Model
 from .solvers import norm
 
 SIZE = 40  # vectors of a Krylov space, at first
@@ -105,7 +105,7 @@ def rightmost(jacobian: Any, z: Tensor, tol: float = CONVERGED, most: int = MOST
             return found
 
 
-def contraction_rate(model: EquilibriumModel, inputs: Tensor, z: Tensor, step: float, size: int = SIZE) -> Tensor:
+def contraction_rate(model: Model, inputs: Tensor, z: Tensor, step: float, size: int = SIZE) -> Tensor:
     """rate_arnoldi: spectral radius of I + step * J at the states z (B, ...), per sample (B,)."""
     with torch.no_grad():
         jacobian = model.block.linearise(z, model.clamp(inputs))

@@ -93,7 +93,8 @@ def listed(runs: Iterable[Run], digits: int = 3) -> str:
 
 
 def _setting(config: RunConfig) -> tuple:
-    return config.optimiser.lr, config.model.width, config.model.context, config.steps
+    shape = tuple(value for name, value in vars(config.model).items() if name != "block")
+    return config.optimiser.lr, shape, config.steps
 
 
 def _unmeasured(runs: Sequence[Run]) -> str | None:

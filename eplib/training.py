@@ -18,19 +18,19 @@ from torch import Tensor
 from . import checkpoints
 from .config import plain
 from .controllers import KEPT
-from .diagnostics import READOUT, agreement, without_readout
+from .diagnostics import agreement
 from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient
 from .evaluation import EXCURSION, edges, evaluate, moved
 from .files import write_atomically
-from .kernels import available, knows
+from .kernels import available
 from .log import Bar, Progress, Value, show_on_terminal
-from .models import Backend
-from .runconfig import Architecture, Mnist, Optimiser, RunConfig, Text
-from .tasks import ImageTask, TextTask, build_model, build_task
+from .models import Backend, Transformer
+from .runconfig import Optimiser, RunConfig, build_model, build_task
+from .tasks import Mnist, Text
 from .updates import clipped, follow, gates, phases
 
-__all__ = ["EXCURSION", "Architecture", "ImageTask", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text",
-           "TextTask", "Trainer", "build_model", "build_task", "evaluate", "fastest_backend", "show_on_terminal"]
+__all__ = ["EXCURSION", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text", "Trainer", "Transformer",
+           "build_model", "build_task", "evaluate", "fastest_backend", "show_on_terminal"]
 
 CHECKPOINT_SECONDS = 20.0
 AUDIT_BETA = 0.2  # of the two trajectories with which an audit compares the linear response
@@ -40,7 +40,7 @@ ALWAYS = ("rate_probe", "penalty", "coefficient", "displacement", "audit_cosine"
 def fastest_backend(config: RunConfig, device: str = "cpu") -> Backend:
     """The compiled kernel where it is built and knows the run's block and what its estimator and solvers ask of it, else
     PyTorch."""
-    fits = device == "cpu" and config.estimator.compiled and knows(config.model.block, config.model.width, config.model.heads)
+    fits = device == "cpu" and config.estimator.compiled and config.model.in_kernel
     fits = fits and config.solver.coarse is None and config.second.coarse is None
     return "compiled" if fits and available() else "torch"
 
@@ -61,10 +61,11 @@ class Trainer:
         """
         self.config, self.folder, self.backend = config, Path(folder), backend
         self.task = build_task(config, root)
-        self.model = build_model(config, self.task).to(device)
+        self.model = build_model(config, self.task.signal).to(device)
         if config.frozen:
+            readout = self.model.groups()["readout"]
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name.split(".")[0] in READOUT)
+                parameter.requires_grad_(name in readout)
         self.average = deepcopy(self.model).requires_grad_(False) if config.optimiser.ema else self.model
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=config.optimiser.lr, betas=(0.9, 0.95),
                                            weight_decay=config.optimiser.weight_decay)
@@ -180,7 +181,7 @@ class Trainer:
                  "audit_residual": report.free.residual.max().item(),
                  "audit_displacement": report.measured.get("displacement", math.nan)}
         if report.grads is not None and other.grads is not None:
-            total = agreement(without_readout(report.grads), without_readout(other.grads))["total"]
+            total = agreement(*map(self.model.without_readout, (report.grads, other.grads)))["total"]
             found |= {"audit_cosine": total.cosine, "audit_ratio": total.ratio}
             found |= {f"audit_{group}": one.cosine for group, one in agreement(report.grads, other.grads).items()
                       if group != "total"}

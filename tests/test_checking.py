@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from eplib import models
 from eplib.blocks import Dynamical
 from eplib.calculus import AutomaticSlope
 from eplib.diagnostics import check
-from eplib.models import EquilibriumModel
 from eplib.solvers import Relaxation
 
 
@@ -61,9 +61,7 @@ class Own(Dynamical):
         return By()
 
 
-class Model(nn.Module):
-    settle, dynamics = EquilibriumModel.settle, EquilibriumModel.dynamics
-
+class System(models.Model):
     def __init__(self, mistake=None):
         super().__init__()
         self.block, self.inflow = Own(mistake), nn.Linear(4, 5)
@@ -82,7 +80,7 @@ def batch():
 
 
 def test_of_a_right_block_nothing_is_wrong_and_the_model_stays_as_it_is():
-    model = Model()
+    model = System()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = check(model, *batch())
     assert found.ok and str(found).startswith("nothing is wrong"), str(found)
@@ -108,5 +106,5 @@ def test_of_a_right_block_nothing_is_wrong_and_the_model_stays_as_it_is():
 def test_a_mistake_is_said_in_words(mistake, says):
     solver = Relaxation(step=0.5 if mistake != "unstable" else 0.4, max_steps=200)
     says = says.replace("steps of 0.5", f"steps of {solver.step:g}")
-    found = check(Model(mistake), *batch(), solver=solver)
+    found = check(System(mistake), *batch(), solver=solver)
     assert not found.ok and any(says in one for one in found.wrong), str(found)

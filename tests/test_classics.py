@@ -10,7 +10,7 @@ import eplib
 from eplib import blocks, estimators, solvers
 from eplib.blocks import Dynamical
 from eplib.diagnostics import adjoint_gradient, agreement
-from eplib.models import EquilibriumModel
+from eplib.models import Model
 
 TIGHT = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-13)
 NUDGED = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-9)
@@ -38,9 +38,7 @@ class Hopfield(blocks.FromEnergy):
         return z[..., -self.sizes[-1]:]
 
 
-class Network(nn.Module):
-    settle, dynamics = EquilibriumModel.settle, EquilibriumModel.dynamics
-
+class Network(Model):
     def __init__(self, *sizes):
         super().__init__()
         self.block = Hopfield(*sizes)
@@ -48,7 +46,10 @@ class Network(nn.Module):
     def clamp(self, inputs):
         return inputs
 
-    def loss(self, h, targets):
+    def predict(self, h):
+        return h
+
+    def loss_of(self, h, targets):
         return (h - nn.functional.one_hot(targets, h.shape[-1]).to(h)).square().sum(-1) / 2
 
 

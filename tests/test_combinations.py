@@ -169,7 +169,7 @@ def adjoint(kind: str, report, model, targets, z, j, g):
     if kind == "ShuffledNudge":
         return solve(j.mT, slope(model, z, targets.flatten().roll(targets.numel() // 2).view_as(targets)))
     if kind == "FeedbackAlignment":
-        logits = model.logits(model.block.output(z)).detach()
+        logits = model.predict(model.block.output(z)).detach()
         error = (logits.softmax(-1) - nn.functional.one_hot(targets, VOCAB)) / TOKENS
         if z.dim() > 3:
             error = error.unsqueeze(1)

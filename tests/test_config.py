@@ -17,10 +17,11 @@ from eplib.config import ConfigurationError, configuration, digest, parse, plain
 from eplib.controllers import Penalty
 from eplib.estimators import Estimator
 from eplib.families import Family
-from eplib.runconfig import Task
+from eplib.models import Architecture
 from eplib.solvers import Solver
+from eplib.tasks import Signal, Task, Text
 
-MODULES = ("blocks", "controllers", "estimators", "solvers", "starts", "training")
+MODULES = ("blocks", "controllers", "estimators", "solvers", "starts", "tasks", "models", "training")
 CLASSES = sorted({kind for module in MODULES for kind in vars(import_module(f"eplib.{module}")).values()
                   if is_dataclass(kind) and hasattr(kind, "__pydantic_config__") and not kind.__name__.startswith("_")},
                  key=lambda kind: kind.__name__)
@@ -47,7 +48,7 @@ def values(kind: Any, bounds: dict[str, float] | None = None) -> st.SearchStrate
     if kind is float:
         low, high = bounds.get("ge", bounds.get("gt", -10.0)), bounds.get("le", bounds.get("lt", 10.0))
         return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
-    if kind in (Block, Estimator, Penalty, Solver, Task):
+    if kind in (Architecture, Block, Estimator, Penalty, Signal, Solver, Task):
         return st.sampled_from([found for found in CLASSES if issubclass(found, kind)]).flatmap(configured)
     return BARE[kind] if kind in BARE else configured(kind)
 
@@ -58,11 +59,12 @@ def configured(draw: Any, kind: type) -> Any:
     hints, optional = get_type_hints(kind, include_extras=True), []
     needed = []
     for field in fields(kind):
-        (needed if field.default is MISSING and field.default_factory is MISSING else optional).append(field.name)
+        missing = (field.default is MISSING and field.default_factory is MISSING) or (kind, field.name) == (Text, "corpus")
+        (needed if missing else optional).append(field.name)
     made = None
     while made is None:
         try:
-            made = kind(**{name: draw(values(hints[name])) for name in needed})
+            made = kind(**{name: __file__ if name == "path" else draw(values(hints[name])) for name in needed})
         except ValidationError:
             continue
     for name in optional:
@@ -140,6 +142,9 @@ class NewPart(Family):
 class NewInner(NewPart):
     depth: int = 1
     width: int = 4
+
+
+NewInner.kind = Inner.kind = "Inner"  # one class, in two versions of the library
 
 
 @configuration

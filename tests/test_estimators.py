@@ -319,7 +319,7 @@ def test_feedback_alignment_projects_the_error_by_a_matrix_that_stays():
         key = "block.layers.w2.weight"
         assert torch.allclose(second.grads[key], 2 * first.grads[key])
         z = first.free.value
-        error = model.logits(z).softmax(-1) - torch.nn.functional.one_hot(targets, outputs)
+        error = model.predict(z).softmax(-1) - torch.nn.functional.one_hot(targets, outputs)
         a = error @ matrix / 6 if kind == "language" else ((error @ matrix) / 4).unsqueeze(1).expand_as(z)
         with torch.no_grad():
             expected = model.block.linearise(z, z).contract(a / 4)[0]["layers.w2.weight"]
@@ -395,7 +395,7 @@ def test_sign_scale_and_reduction_are_those_of_autograd():
     model = models.LanguageModel(vocab=11, width=16, heads=4, context=6, block=blocks.Feedforward(layers=2)).double()
     inputs, targets = torch.randint(0, 11, (4, 6)), torch.randint(0, 11, (4, 6))
     report = eplib.gradient(model, inputs, targets, estimator=estimators.Backprop(), solver=TIGHT)
-    logits = model.logits(model.block.start(model.clamp(inputs)))
+    logits = model.predict(model.block.start(model.clamp(inputs)))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert all(parameter.grad is None for parameter in model.parameters())
     loss.backward()

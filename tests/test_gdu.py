@@ -17,7 +17,8 @@ SETTLED = Relaxation(step=0.6, max_steps=2000, tol=1e-11)
 def errors(system, *chosen):
     """Relative differences of the sums, for each estimator one a number of steps."""
     bptt = gdu.bptt_sums(*system, COUNTS, SETTLED)
-    return [[row["error"] for row in gdu.step_by_step(gdu.nudged_sums(*system, one, COUNTS, SETTLED), bptt)] for one in chosen]
+    sums = [gdu.nudged_sums(*system, one, COUNTS, SETTLED) for one in chosen]
+    return [[row["error"] for row in gdu.step_by_step(system[0], one, bptt)] for one in sums]
 
 
 def energy():
@@ -83,9 +84,9 @@ def test_bptt_whose_forward_has_not_settled_is_refused():
 def test_updates_are_what_each_step_adds_and_a_diverged_phase_has_none():
     model, inputs, targets = transformer(init=0.3)
     sums = gdu.bptt_sums(model, inputs, targets, (1, 2), SETTLED)
-    rows = gdu.step_by_step([None, sums[1]], sums)
+    rows = gdu.step_by_step(model, [None, sums[1]], sums)
     assert rows[0] is None and rows[1]["error"] == 0
-    rows = gdu.step_by_step(sums, sums)
+    rows = gdu.step_by_step(model, sums, sums)
     moved = [torch.cat([(grads[name] - before[name]).flatten() for name in grads if not name.startswith(("norm", "readout"))])
              for before, grads in (({name: 0 * value for name, value in sums[0].items()}, sums[0]), (sums[0], sums[1]))]
     assert [row["update"] for row in rows] == pytest.approx([one.norm().item() for one in moved])

@@ -306,7 +306,7 @@ def test_a_slope_below_round_off_does_not_keep_a_contrast_going():
     settings = {"solver": Anderson(step=0.7, tol=1e-6, max_steps=100), "nudged": Anderson(step=0.7, tol=1e-2, max_steps=60)}
     inputs = torch.randn(200, 4, 9)
     states = model.settle(inputs, settings["solver"]).value
-    targets = model.logits(states).argmax(-1).detach()
+    targets = model.predict(states).argmax(-1).detach()
     nudge = estimators.Problem(model, inputs, targets, model.clamp(inputs).detach(), states).scale / norm(states)
     sure = (nudge > 1e-9) & (nudge < 1e-5)
     assert sure.sum() > 10

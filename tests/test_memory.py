@@ -19,12 +19,12 @@ eplib.data.CORPORA["tinystories"] = eplib.data.{file!r}
 import torch
 from eplib import blocks, estimators, solvers
 from eplib.controllers import ContractionRate
-from eplib.training import Architecture, Optimiser, RunConfig, Text, Trainer
+from eplib.training import Transformer, Optimiser, RunConfig, Text, Trainer
 
 torch.set_num_threads(1)
 config = RunConfig(
     experiment="tiny", arm="ep", data=Text(corpus="tinystories", validation=0.02), batch=2, steps=10_000, evaluate_every=10_000,
-    model=Architecture(width=16, heads=2, context=8, block=blocks.Thick()), estimator=estimators.DyadicEP(),
+    model=Transformer(width=16, heads=2, context=8, block=blocks.Thick()), estimator=estimators.DyadicEP(),
     solver=solvers.Relaxation(step=0.8, max_steps=4, tol=1e-3), penalties=(ContractionRate(every=4),),
     optimiser=Optimiser(ema=0.9))
 trainer = Trainer(config, Path(sys.argv[1]), Path(sys.argv[2]), backend=sys.argv[3])

@@ -1,5 +1,6 @@
 """What a model is given and what it makes of it: targets that do not count, ids, patches, prompts."""
 
+import json
 import math
 import warnings
 
@@ -12,9 +13,9 @@ from torch import nn
 import eplib
 from eplib import blocks, data, estimators, models
 from eplib.blocks import Dynamical
-from eplib.models import IGNORED, UnsettledWarning
+from eplib.models import IGNORED, UnsettledWarning, generation
 from eplib.solvers import Anderson, FixedHorizon, Relaxation
-from eplib.training import Architecture, RunConfig, Text, TextTask, evaluate
+from eplib.training import RunConfig, Text, Transformer, build_task, evaluate
 from systems import TIGHT
 
 ADJOINTS = [estimators.DyadicEP(), estimators.DyadicEP(held=False, beta=1e-4), estimators.AsymEP(beta=1e-4),
@@ -44,7 +45,7 @@ def padded(samples=4):
 def test_a_sample_s_loss_is_the_mean_over_its_targets_that_count():
     model, (inputs, targets, counts) = language_model(), padded()
     h = model.settle(inputs, TIGHT).value
-    logits, found = model.logits(h), model.loss(h, targets)
+    logits, found = model.predict(h), model.loss(h, targets)
     for sample in range(4):
         kept = counts[sample]
         own = functional.cross_entropy(logits[sample, kept], targets[sample, kept])
@@ -58,7 +59,7 @@ def test_an_evaluation_is_over_the_targets_that_count():
     counts[3], targets[3] = False, IGNORED
     task = type("Task", (), {"validation": lambda self: zip(inputs.split(2), targets.split(2), strict=True)})()
     found = evaluate(model, task, TIGHT)
-    logits = model.logits(model.settle(inputs, TIGHT).value)
+    logits = model.predict(model.settle(inputs, TIGHT).value)
     each = functional.cross_entropy(logits.mT, targets.clamp_min(0), reduction="none")
     assert found["loss"] == pytest.approx(sum(each[b, counts[b]].mean().item() for b in range(3)) / 3, rel=1e-9)
     assert found["accuracy"] == pytest.approx(100 * (logits.argmax(-1) == targets)[counts].double().mean().item())
@@ -224,16 +225,17 @@ def test_a_users_block_of_another_state_shape_trains_and_one_that_reads_out_the_
 def test_a_prompt_is_refused_for_what_the_training_split_never_has(monkeypatch):
     """`c` stands in the held-out end only: it has an id, and an embedding that no gradient ever reached."""
     codec = data.Chars(("a", "b", "c"))
-    text = data.Text("plays", "chars", np.array(codec.encode("abab" * 5 + "cc")), 3, codec)
+    text = data.Text(np.array(codec.encode("abab" * 5 + "cc")), codec)
     monkeypatch.setattr(data, "text", lambda *_: text)
     run = RunConfig(experiment="x", arm="a", data=Text(corpus="plays"), steps=1, estimator=estimators.DyadicEP(),
-                    model=Architecture(width=8, heads=2, context=2, block=blocks.Thick()))
-    task = TextTask(run, None)
-    assert task.encode("ba").tolist() == [1, 0] and task.encode("").dtype is torch.long
-    with pytest.raises(data.DataError, match=r"training split of plays never has 'c'.*data.validation than 0.1"):
-        task.encode("abc")
-    with pytest.raises(data.DataError, match="cannot encode 'd'"):
-        task.encode("abcd")
+                    model=Transformer(width=8, heads=2, context=2, block=blocks.Thick()))
+    vocabulary = build_task(run).vocabulary
+    for known in (vocabulary, data.Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json())))):
+        assert known.encode("ba") == [1, 0] and known.encode("") == [] and known.decode([2, 0]) == "ca"
+        with pytest.raises(data.DataError, match=r"training split never has 'c'.*smaller data.validation"):
+            known.encode("abc")
+        with pytest.raises(data.DataError, match="cannot encode 'd'"):
+            known.encode("abcd")
 
 
 def test_what_cannot_be_continued_is_refused():
@@ -268,7 +270,7 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_whole_window_each_ti
     before = drawn.get_state()
     found = model.generate(ids, 3, solver, temperature=0, generator=drawn)
     for _ in range(3):
-        logits = model.logits(model.block.output(model.settle(ids[None], solver).value))[0, -1]
+        logits = model.predict(model.block.output(model.settle(ids[None], solver).value))[0, -1]
         ids = torch.cat([ids, logits.argmax()[None]])
     assert torch.equal(found, ids) and torch.equal(drawn.get_state(), before)
 
@@ -277,7 +279,7 @@ def test_of_the_k_likeliest_tokens_each_is_drawn_in_its_share_and_no_other():
     """Against softmax(logits / temperature) over the k largest, normed to one by hand; of equal logits no more than k stay."""
     values, generator, count = [0.3, 2.0, -1.0, 1.2, 1.2, 0.9, -4.0], torch.Generator().manual_seed(0), 2000
     for k in (1, 2, 5, 7):
-        drawn = torch.cat([models.base._chosen(torch.tensor(values), 0.7, k, generator) for _ in range(count)])
+        drawn = torch.cat([generation._chosen(torch.tensor(values), 0.7, k, generator) for _ in range(count)])
         likeliest = sorted(values, reverse=True)[:k]
         weights = torch.tensor([math.exp(value / 0.7) for value in likeliest])
         shares = torch.tensor([(torch.tensor(values)[drawn] == value).double().mean() / likeliest.count(value)

@@ -10,12 +10,12 @@ import pytest
 
 from eplib import blocks, controllers, estimators, sources
 from eplib.config import parse
-from eplib.runconfig import Architecture, RunConfig, Text
+from eplib.training import RunConfig, Text, Transformer
 from pipelines import imports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = RunConfig(experiment="x", arm="ep", steps=1, data=Text(corpus="plays"), estimator=estimators.AsymEP(beta=0.2),
-                   model=Architecture(context=8, block=blocks.Thick()))
+                   model=Transformer(context=8, block=blocks.Thick()))
 OWN = '''"""A block of the user's own."""
 
 from eplib import blocks, diagnostics

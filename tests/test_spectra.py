@@ -82,7 +82,7 @@ def test_a_whole_space_has_all_eigenvalues_and_no_residual():
         assert torch.allclose(values.real, exact.real.sort(descending=True).values, atol=1e-8) and residual < 1e-8
 
 
-def ends(model: models.EquilibriumModel, inputs: torch.Tensor) -> tuple[dict, torch.Tensor]:
+def ends(model: models.Model, inputs: torch.Tensor) -> tuple[dict, torch.Tensor]:
     """`spectra.edges` of the model at its fixed point, and all eigenvalues there."""
     x = model.clamp(inputs).detach()
     z = Anderson(step=0.5, max_steps=400, tol=1e-6).settle(model.block, x).value

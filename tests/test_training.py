@@ -31,13 +31,13 @@ from eplib.starts import LinearStart
 from eplib.store.records import Store
 from eplib.store.summary import summarise
 from eplib.training import (
-    Architecture,
     Mnist,
     Optimiser,
     OutOfTime,
     RunConfig,
     Text,
     Trainer,
+    Transformer,
     build_model,
     build_task,
     evaluate,
@@ -49,13 +49,13 @@ from pipelines import data as preparing
 REAL_MNIST = eplib.data.mnist
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = {"experiment": "tiny", "arm": "ep", "data": Text(corpus="tinystories", validation=0.02),
-        "model": Architecture(width=8, heads=2, context=8, block=blocks.Thick()),
+        "model": Transformer(width=8, heads=2, context=8, block=blocks.Thick()),
         "estimator": estimators.DyadicEP(steps=4), "solver": Relaxation(step=0.8, max_steps=6, tol=1e-3),
         "penalties": (ContractionRate(target=0.2),),
         "optimiser": Optimiser(lr=1e-2), "steps": 6, "batch": 4, "evaluate_every": 2, "evaluation_batches": 1,
         "keep": (2,)}
-IMAGES = {"data": Mnist(patch=14), "model": Architecture(width=8, heads=2, block=blocks.Thick(causal=False))}
-BACKPROP = {"arm": "backprop", "model": Architecture(width=8, heads=2, context=8, block=blocks.Feedforward()),
+IMAGES = {"data": Mnist(patch=14), "model": Transformer(width=8, heads=2, block=blocks.Thick(causal=False))}
+BACKPROP = {"arm": "backprop", "model": Transformer(width=8, heads=2, context=8, block=blocks.Feedforward()),
             "estimator": estimators.Backprop(), "penalties": ()}
 
 
@@ -321,7 +321,7 @@ def test_both_blocks_start_from_equal_weights(kind, corpus):
     flat = config(**kind | {"estimator": estimators.Backprop(), "penalties": (),
                             "model": replace(thick.model, block=blocks.Feedforward(causal=not kind))})
     task = build_task(thick, corpus)
-    ours, theirs, again, other = (dict(build_model(c, task).named_parameters())
+    ours, theirs, again, other = (dict(build_model(c, task.signal).named_parameters())
                                   for c in (thick, flat, thick, replace(thick, seed=1)))
     theirs = {name.replace("stack.0", "layers"): value for name, value in theirs.items()}
     assert list(theirs) == list(ours) and len(ours) >= 12
@@ -357,11 +357,11 @@ def test_runs_of_different_learning_rates_have_different_names():
     ({"keep": (2, 7)}, r"keep \(2, 7\) names a step after the last, 6"),
     ({"estimator": estimators.BPTT(), "audit_every": 2}, "one free equilibrium, which estimator BPTT does not have"),
     ({"audit_every": 7}, "audit_every 7 comes after the last step, 6"),
-    ({"model": Architecture(width=8, heads=2, block=blocks.Thick())}, "Text needs one, got context=None"),
-    (IMAGES | {"model": Architecture(width=8, heads=2, context=4, block=blocks.Thick(causal=False))},
+    ({"model": Transformer(width=8, heads=2, block=blocks.Thick())}, "Text needs one, got context=None"),
+    (IMAGES | {"model": Transformer(width=8, heads=2, context=4, block=blocks.Thick(causal=False))},
      "context=4 would do nothing"),
     ({"start": LinearStart(), "estimator": estimators.BPTT()}, "BPTT begins at the block's own"),
-    ({"start": LinearStart(), "model": Architecture(width=8, heads=2, context=8, block=blocks.Layered(layers=2))},
+    ({"start": LinearStart(), "model": Transformer(width=8, heads=2, context=8, block=blocks.Layered(layers=2))},
      "Layered has one for each layer"),
     ({"nudged": Relaxation(), "estimator": estimators.BPTT()}, "BPTT has no nudged or adjoint phase"),
     ({"nudged": Relaxation(), "estimator": estimators.OneStep()}, "OneStep has no nudged or adjoint phase"),
@@ -393,7 +393,7 @@ def test_byte_pairs_are_not_learned_on_what_a_run_holds_out():
 
 
 def test_half_precision_is_not_for_the_kernel_that_is_chosen_unasked(compiled_kernel):
-    fitting = {"model": Architecture(width=16, heads=4, context=8, block=blocks.Thick()), "estimator": estimators.DyadicEP()}
+    fitting = {"model": Transformer(width=16, heads=4, context=8, block=blocks.Thick()), "estimator": estimators.DyadicEP()}
     assert fastest_backend(config(**fitting)) == "compiled"
     assert fastest_backend(config(**fitting, nudged=MixedPrecision())) == "torch"
     assert fastest_backend(config(**fitting | {"solver": MixedPrecision()})) == "torch"
@@ -633,7 +633,7 @@ def test_an_audit_compares_the_linear_response_with_two_trajectories(root, tmp_p
 def test_an_audit_of_another_estimator_compares_it_with_the_linear_response(root, tmp_path):
     """Uncorrected EP agrees in the readout, whose gradient ignores the adjoint state, and in no group of the block."""
     tight = {"solver": Relaxation(step=0.8, max_steps=60, tol=1e-6), "nudged": Relaxation(step=0.8, max_steps=60, tol=1e-5),
-             "model": Architecture(width=8, heads=2, context=8, block=blocks.Thick(init=0.5))}
+             "model": Transformer(width=8, heads=2, context=8, block=blocks.Thick(init=0.5))}
     rows = {kind.kind: Trainer(config(**tight, penalties=(), estimator=kind, audit_every=6), tmp_path / kind.kind,
                                root / "data").advance().rows[-1]
             for kind in (estimators.AsymEP(beta=0.01), estimators.VectorField(beta=0.01))}
@@ -664,7 +664,7 @@ def test_a_frozen_run_trains_the_readout_alone(root, tmp_path):
 
 
 def test_an_adaptive_run_records_how_many_steps_the_test_images_take(root):
-    shape = Architecture(width=8, heads=2, block=blocks.Thick(causal=False, init=0.5))
+    shape = Transformer(width=8, heads=2, block=blocks.Thick(causal=False, init=0.5))
     run = Store("x", root).run(config(**IMAGES | {"model": shape}, adaptive=True,
                                       solver=Relaxation(step=0.8, max_steps=60, tol=1e-4)))
     clean, noisy = (run.metrics["adaptive"][name] for name in ("clean", "noisy"))
@@ -678,7 +678,7 @@ def test_an_adaptive_run_records_how_many_steps_the_test_images_take(root):
 @pytest.mark.parametrize("block", [blocks.Layered(layers=2), blocks.Attractor(), blocks.Thin(), blocks.Energy(),
                                    blocks.Monotone()], ids=lambda block: block.kind)
 def test_every_architecture_trains_under_the_penalty_and_is_evaluated(block, root):
-    run = Store("x", root).run(config(model=Architecture(width=8, heads=2, context=8, block=block),
+    run = Store("x", root).run(config(model=Transformer(width=8, heads=2, context=8, block=block),
                                       solver=Relaxation(step=0.8, max_steps=30, tol=1e-3), optimiser=Optimiser(lr=1e-2),
                                       steps=40, evaluate_every=20, keep=()))
     assert run.curve["loss"][-1] < run.curve["loss"][0]
@@ -725,9 +725,9 @@ def test_evaluation_says_who_settled_from_x_and_from_the_predicted_start(root, t
 
 def test_steps_to_a_residual_are_counted_from_the_start(corpus):
     """However many residuals are read on the way, an image that took more than the most steps has not settled."""
-    run = config(**IMAGES | {"model": Architecture(width=8, heads=2, block=blocks.Thick(causal=False, init=0.5))})
+    run = config(**IMAGES | {"model": Transformer(width=8, heads=2, block=blocks.Thick(causal=False, init=0.5))})
     task = build_task(run, corpus)
-    model, tolerances = build_model(run, task), (1e-1, 1e-2, 1e-3, 1e-4)
+    model, tolerances = build_model(run, task.signal), (1e-1, 1e-2, 1e-3, 1e-4)
     phases = {tol: model.settle(task.test[0], Relaxation(step=0.3, max_steps=200, tol=tol)).steps for tol in tolerances}
     most = int(phases[1e-3].median())
     found = diagnostics.adaptive_compute(model, task.validation(), 0.3, tolerances, max_steps=most)
@@ -739,7 +739,7 @@ def test_steps_to_a_residual_are_counted_from_the_start(corpus):
 def test_evaluation_covers_the_whole_split(kind, corpus):
     run = config(**kind)
     task = build_task(run, corpus)
-    model = build_model(run, task)
+    model = build_model(run, task.signal)
     if kind:
         assert sum(len(targets) for _, targets in task.validation()) == 24
         inputs, targets = task.test
@@ -752,7 +752,7 @@ def test_evaluation_covers_the_whole_split(kind, corpus):
     found = evaluate(model, task, run.solver)
     state = model.settle(inputs, run.solver).value
     assert found["loss"] == pytest.approx(model.loss(state, targets).mean().item(), rel=1e-5)
-    right = (model.logits(state).argmax(-1) == targets).double().mean().item()
+    right = (model.predict(state).argmax(-1) == targets).double().mean().item()
     assert found["accuracy"] == pytest.approx(100 * right)
     if not kind:
         assert evaluate(model, task, run.solver, 1)["loss"] == pytest.approx(
@@ -792,7 +792,7 @@ def test_generation_settles_one_token_at_a_time_as_the_whole_sequence_does(root,
     assert torch.allclose(torch.cat([found.value for found in settled[:6]], -2), whole, atol=1e-5)
     for length in range(3, 9):
         state = model.settle(ids[None, :length], tight).value
-        assert ids[length] == model.logits(state)[0, -1].argmax()
+        assert ids[length] == model.predict(state)[0, -1].argmax()
     half = model.settle(ids[None, 5:11], tight).value  # from the ninth token on: the last four, at the first positions
     assert torch.allclose(torch.cat([found.value for found in settled[6:]], -2), half, atol=1e-5)
 
@@ -804,7 +804,7 @@ def test_generation_without_a_past_settles_the_window(block):
     tight = Relaxation(step=0.8, max_steps=200, tol=1e-6)
     ids = model.generate(torch.arange(4), 2, tight, temperature=1e-6)
     for length in (4, 5):
-        assert ids[length] == model.logits(model.block.output(model.settle(ids[None, :length], tight).value))[0, -1].argmax()
+        assert ids[length] == model.predict(model.block.output(model.settle(ids[None, :length], tight).value))[0, -1].argmax()
 
 
 def test_a_cold_sample_and_a_greedy_one_take_the_likeliest_token(root, tmp_path):
@@ -814,7 +814,7 @@ def test_a_cold_sample_and_a_greedy_one_take_the_likeliest_token(root, tmp_path)
     ids = torch.arange(11)
     state = model.settle(ids[None, -8:], solver).value
     for temperature in (1e-6, 0):
-        assert model.generate(ids, 1, solver, temperature)[-1] == model.logits(state)[0, -1].argmax()
+        assert model.generate(ids, 1, solver, temperature)[-1] == model.predict(state)[0, -1].argmax()
 
 
 def test_a_checkpoint_holds_the_evaluated_weights(root, tmp_path):

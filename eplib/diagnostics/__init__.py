@@ -4,7 +4,6 @@ from .checking import Checked, check
 from .gdu import bptt_sums, nudged_sums, step_by_step
 from .gradients import (
     GROUPS,
-    READOUT,
     Agreement,
     LinearBlock,
     LinearSystem,
@@ -22,10 +21,9 @@ from .gradients import (
     ranks,
     singular_radii,
     triangulation,
-    without_readout,
 )
 
-__all__ = ["GROUPS", "READOUT", "Agreement", "Checked", "LinearBlock", "LinearSystem", "LiveBytes", "NonReciprocity",
+__all__ = ["GROUPS", "Agreement", "Checked", "LinearBlock", "LinearSystem", "LiveBytes", "NonReciprocity",
            "adaptive_compute", "adjoint_gradient", "agreement", "attention_distance", "bptt_sums", "check", "dense_jacobian",
            "fingerprint", "groups", "log_slope", "non_reciprocity", "nudged_sums", "ranks", "singular_radii", "step_by_step",
-           "triangulation", "without_readout"]
+           "triangulation"]

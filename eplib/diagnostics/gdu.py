@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..estimators import BPTT, Estimator, gradient
-from ..models import EquilibriumModel
+from ..models import Model
 from ..solvers import FixedHorizon, Relaxation
-from .gradients import agreement, without_readout
+from .gradients import agreement
 
 Gradients = list[dict[str, Tensor] | None]
 
 
-def nudged_sums(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: Estimator, counts: Iterable[int],
+def nudged_sums(model: Model, inputs: Tensor, targets: Tensor, estimator: Estimator, counts: Iterable[int],
                 solver: Relaxation) -> Gradients:
     """An estimator's gradient, {parameter name: tensor}, after each of `counts` steps of its nudged phase.
 
@@ -32,7 +32,7 @@ def nudged_sums(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estima
                      nudged=FixedHorizon(step=solver.step, steps=count)).grads for count in counts]
 
 
-def bptt_sums(model: EquilibriumModel, inputs: Tensor, targets: Tensor, counts: Iterable[int], solver: Relaxation) -> Gradients:
+def bptt_sums(model: Model, inputs: Tensor, targets: Tensor, counts: Iterable[int], solver: Relaxation) -> Gradients:
     """BPTT's gradient, {parameter name: tensor}, through each of `counts` last steps of a relaxation that had settled before.
 
     Raises ValueError if `solver` does not settle every sample: its last steps are not at z* then.
@@ -47,7 +47,7 @@ def bptt_sums(model: EquilibriumModel, inputs: Tensor, targets: Tensor, counts: 
             for count in counts]
 
 
-def step_by_step(ours: Gradients, theirs: Gradients) -> list[dict[str, float] | None]:
+def step_by_step(model: Model, ours: Gradients, theirs: Gradients) -> list[dict[str, float] | None]:
     """How an estimator's sums compare with BPTT's over block and embeddings, for each number of steps.
 
     None where ours diverged. update, update_bptt: norms of what the steps since the number before added to ours and to theirs.
@@ -59,7 +59,7 @@ def step_by_step(ours: Gradients, theirs: Gradients) -> list[dict[str, float] | 
         if mine is None or exact is None:
             rows.append(None)
             continue
-        parts = [without_readout(grads) for grads in (mine, exact)]
+        parts = [model.without_readout(grads) for grads in (mine, exact)]
         found = agreement(*parts)["total"]
         flat = [torch.cat([value.flatten() for value in part.values()]) for part in parts]
         added = flat if last is None else [now - then for now, then in zip(flat, last, strict=True)]

@@ -2,12 +2,11 @@
 
 import itertools
 import math
-import re
 import statistics
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -19,18 +18,13 @@ from .. import spectra
 from ..blocks import Dynamical, EquilibriumBlock, Jacobian
 from ..calculus import EPS, GELU_CUBIC, GELU_SCALE, split_heads, standardise, standardise_slope
 from ..estimators import BPTT, DyadicEP, Estimator, VectorField, asymmetry, gradient
-from ..models import EquilibriumModel
+from ..models import RENAMED, Model
 from ..solvers import Anderson, Relaxation, Solver
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
-READOUT = ("norm", "readout")  # the parts of a model that the adjoint state does not enter
-
-
 LEAVES = {"block": {"wq": "Wq", "wk": "Wk", "value": "Wv", "wo": "Wo", "w1": "W1", "w2": "W2", "memory": "W1", "ln1": "LN",
                     "ln2": "LN"},
           "": {"position": "embeddings", "embedding": "embeddings", "norm": "readout", "readout": "readout"}}
-# what torch.compile, parametrisations and the older weight_norm and spectral_norm make of a parameter's name
-RENAMED = re.compile(r"_orig_mod\.|parametrizations\.(?=\w+\.original)|(?<=weight)(\.original[01]?|_orig|_g|_v)$")
 
 
 def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,23 +74,18 @@ def agreement(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
     return found
 
 
-def without_readout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of {parameter name: tensor} that the adjoint state enters: all but the final normalisation and the readout."""
-    return {name: value for name, value in tensors.items() if RENAMED.sub("", name).split(".")[0] not in READOUT}
-
-
 def log_slope(x: list[float], y: list[float]) -> float:
     """Exponent p of y = c x^p by least squares in the logarithms; needs two different x, all above zero."""
     return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
 
 
-def dense_jacobian(model: EquilibriumModel, x: Tensor, z: Tensor) -> Tensor:
+def dense_jacobian(model: Model, x: Tensor, z: Tensor) -> Tensor:
     """J of one sample by autograd, (n, n) with n = z.numel(); x and z are (1, ...). For small systems and as a reference."""
     rows = torch.autograd.functional.jacobian(lambda state: model.block(state, x.detach()), z.detach())
     return rows.reshape(z.numel(), z.numel())
 
 
-def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z: Tensor) -> dict[str, Tensor]:
+def adjoint_gradient(model: Model, inputs: Tensor, targets: Tensor, z: Tensor) -> dict[str, Tensor]:
     """Exact gradient of the mean loss at the fixed point z (B, ...), by dense solves of J^T a = -g, sample by sample."""
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
@@ -116,7 +105,7 @@ def adjoint_gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, z
     return total
 
 
-def triangulation(model: EquilibriumModel, batches: list[tuple[Tensor, Tensor]], estimator: Estimator,
+def triangulation(model: Model, batches: list[tuple[Tensor, Tensor]], estimator: Estimator,
                   horizons: tuple[int, int], solver: Solver, nudged: Solver) -> dict[str, float]:
     """Gradient triangulation (Hao 2026): an estimator against BPTT at two horizons, and each against itself on another batch.
 
@@ -157,10 +146,8 @@ class LinearBlock(Dynamical):
         return z @ self.matrix.mT + x
 
 
-class LinearSystem(nn.Module):
+class LinearSystem(Model):
     """x = B inputs, F = A z + x, loss = |z - target|^2 / 2: a model of which every gradient is known in closed form."""
-
-    settle, dynamics = EquilibriumModel.settle, EquilibriumModel.dynamics
 
     def __init__(self, matrix: Tensor, inflow: Tensor):
         """matrix A (n, n), its eigenvalues left of zero; inflow B (n, m)."""
@@ -170,12 +157,15 @@ class LinearSystem(nn.Module):
     def clamp(self, inputs: Tensor) -> Tensor:
         return inputs @ self.inflow.mT
 
-    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        return (h - targets).square().sum(-1) / 2
+    def predict(self, h: Tensor) -> Tensor:
+        return h
+
+    def loss_of(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        return (predictions - targets).square().sum(-1) / 2
 
     def closed_form(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The gradient of the mean loss: with a = -A^-T (z* - target), a z*^T in A and a inputs^T in B."""
-        a, b = self.block.matrix.detach(), self.inflow.detach()
+        a, b = cast(LinearBlock, self.block).matrix.detach(), self.inflow.detach()
         z = -torch.linalg.solve(a, (inputs @ b.mT).mT).mT
         adjoint = -torch.linalg.solve(a.mT, (z - targets).mT).mT
         return {"block.matrix": adjoint.mT @ z / len(z), "inflow": adjoint.mT @ inputs / len(z)}
@@ -203,7 +193,7 @@ def non_reciprocity(jacobian: Tensor) -> NonReciprocity:
 
 
 @torch.no_grad()
-def singular_radii(model: EquilibriumModel, z: Tensor, v: Tensor) -> dict[str, float]:
+def singular_radii(model: Model, z: Tensor, v: Tensor) -> dict[str, float]:
     """How far z + beta v (B, T, C) may go in the complex plane of beta before `EquilibriumBlock`'s force is singular: smallest
     |beta|.
 
@@ -247,7 +237,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Tensor]], step: float,
+def adaptive_compute(model: Model, batches: Iterable[tuple[Tensor, Tensor]], step: float,
                      tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5), noise: float = 0.0,
                      max_steps: int = 300) -> dict[str, dict]:
     """How many plain relaxation steps each image takes to each residual, against its margin and whether it is classified right.
@@ -261,7 +251,7 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
     generator = torch.Generator().manual_seed(0)
     rows = []
     for inputs, targets in batches:
-        inputs, targets = (part.to(model.position.device) for part in (inputs, targets))
+        inputs, targets = (part.to(next(model.parameters()).device) for part in (inputs, targets))
         if noise:
             inputs = inputs + noise * torch.randn(inputs.shape, generator=generator).to(inputs)
         state: Tensor | None = None
@@ -271,7 +261,7 @@ def adaptive_compute(model: EquilibriumModel, batches: Iterable[tuple[Tensor, Te
             state, total = phase.value, phase.steps + total
             steps.append(total)
             reached.append((phase.residual <= tol) & (total <= max_steps))  # the steps to the residuals above count as well
-        best = model.logits(model.block.output(phase.value)).topk(2)
+        best = model.predict(model.block.output(phase.value)).topk(2)
         rows.append((torch.stack(steps, -1), torch.stack(reached, -1), best.values[:, 0] - best.values[:, 1],
                      best.indices[:, 0] == targets))
     taken, settled, margins, right = (torch.cat(part).cpu() for part in zip(*rows, strict=True))
@@ -305,7 +295,7 @@ def attention_distance(jacobian: Any) -> Tensor:
     return (weights * (places[:, None] - places).abs()).sum(-1).mean((-2, -1))
 
 
-def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver: Solver,
+def fingerprint(model: Model, inputs: Tensor, targets: Tensor, solver: Solver,
                 step: float = 0.5) -> dict[str, float]:
     """Operator fingerprint (Hao 2026): what a stored checkpoint's free phase and Jacobian are like on one batch, in one call.
 
@@ -339,7 +329,7 @@ def fingerprint(model: EquilibriumModel, inputs: Tensor, targets: Tensor, solver
     if exact.grads is not None and exact.adjoint is not None:
         found["asymmetry"] = asymmetry(jacobian, exact.adjoint)
         if plain.grads is not None:
-            found["cosine_uncorrected"] = agreement(without_readout(plain.grads), without_readout(exact.grads))["total"].cosine
+            found["cosine_uncorrected"] = agreement(*map(model.without_readout, (plain.grads, exact.grads)))["total"].cosine
     if isinstance(jacobian, Jacobian):
         found["attention_distance"] = attention_distance(jacobian).mean().item()
     return found

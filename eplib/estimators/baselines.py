@@ -56,7 +56,7 @@ class FeedbackAlignment(ByAdjoint):
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         model, z = problem.model, problem.state
         with torch.enable_grad():
-            logits = model.logits(model.block.output(z)).detach().requires_grad_()
+            logits = model.predict(model.block.output(z)).detach().requires_grad_()
             error, = torch.autograd.grad(model.loss_of(logits, problem.targets).sum(), logits)  # (B, T, V) or (B, V)
         if "feedback" not in problem.carried:
             shape = (*z.shape[1:-2], error.shape[-1], z.shape[-1])  # (V, C), for a stack (L, V, C)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Dynamics
-from ..models import EquilibriumModel
+from ..models import Model
 from ..solvers import Solution, Solver
 from ..starts import LinearStart
 from .entry import first_state
@@ -20,7 +20,7 @@ class Batch:
     """dynamics: what computes the block. start: where the free phase starts, or how that is
     predicted, by default at the block's own. carried: what the last call left, which may be changed."""
 
-    model: EquilibriumModel
+    model: Model
     inputs: Tensor
     targets: Tensor
     dynamics: Dynamics

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import Backend, EquilibriumModel
+from ..models import Backend, Model
 from ..solvers import FixedHorizon, Solver
 from ..starts import LinearStart
 from .base import LINEARISATION, Estimator
@@ -17,7 +17,7 @@ from .problem import Problem
 from .report import Report, summed
 
 
-def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
+def gradient(model: Model, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
              nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None,
              start: Tensor | LinearStart | None = None, backend: Backend = "torch") -> Report:
     """Gradient of the mean loss over the batch, with the sign, scale and reduction of torch.autograd.
@@ -38,7 +38,7 @@ def gradient(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estima
     return _penalised(report, batch.at(report.free.value), penalties, solver.step)
 
 
-def at_state(model: EquilibriumModel, inputs: Tensor, targets: Tensor, state: Tensor, estimator: Estimator,
+def at_state(model: Model, inputs: Tensor, targets: Tensor, state: Tensor, estimator: Estimator,
              nudged: Solver | None = None, *, backend: Backend = "torch", carried: dict | None = None) -> Report:
     """The estimator's gradient at a given free state (B, ...), settled or not, without a free phase of its own: `report.free`
     is that state, evaluated once.
@@ -70,7 +70,7 @@ class _Estimated(torch.autograd.Function):
         return None, None, *(incoming * value for value in ctx.saved_tensors)
 
 
-def ep_loss(model: EquilibriumModel, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
+def ep_loss(model: Model, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
             nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None,
             start: Tensor | LinearStart | None = None, backend: Backend = "torch") -> tuple[Tensor, Report]:
     """The mean loss, a scalar whose `backward()` gives every parameter the estimator's gradient, and the report of it.

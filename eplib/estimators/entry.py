@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..calculus import twice_differentiable
 from ..intact import bare, refuse_hooked_wrapper
-from ..models import Backend, Classifier, EquilibriumModel, LanguageModel
+from ..models import Backend, Model
 from ..solvers import Solver, refuse_rounding
 from ..starts import LinearStart
 
@@ -38,7 +38,7 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
     return chosen
 
 
-def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend,
+def check(model: Model, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend,
           penalties: tuple = (), start: Tensor | LinearStart | None = None) -> None:
     """Raises ValueError or TypeError where model, batch, estimator, backend, penalties and start do not fit."""
     refuse_hooked_wrapper(model.block)
@@ -54,9 +54,9 @@ def check(model: EquilibriumModel, inputs: Tensor, targets: Tensor, estimator: A
     for name, value in (("inputs", inputs), ("targets", targets)):
         if value.device != device:
             raise ValueError(f"{name} are on {value.device} and the model is on {device}; move one of them")
-    expected = inputs.shape if isinstance(model, LanguageModel) else inputs.shape[:1]
-    fitting = targets.shape if isinstance(model, LanguageModel | Classifier) else targets.shape[:1]
-    if fitting != expected:
+    fitting = model.fitting(inputs)
+    expected, found = (inputs.shape[:1], targets.shape[:1]) if fitting is None else (fitting, targets.shape)
+    if tuple(found) != tuple(expected):
         raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit inputs of shape {tuple(inputs.shape)}; expected "
                          f"{tuple(expected)}")
     name, block = type(estimator).__name__, type(model.block).__name__
@@ -109,7 +109,7 @@ _SEEN: WeakSet[nn.Module] = WeakSet()  # blocks whose force was looked through
 
 
 @torch.no_grad()
-def refuse_lost_graph(model: EquilibriumModel, inputs: Tensor) -> None:
+def refuse_lost_graph(model: Model, inputs: Tensor) -> None:
     """Raises TypeError where a block of the user's own computes its force such that autograd sees nothing of the state, or not
     all, and J^T a = -g would be solved for another J. Looks once at each block, on one sample."""
     block: Any = bare(model.block)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import configuration
 from ..dynamics import InKernel
-from ..models import EquilibriumModel
+from ..models import Model
 from ..solvers import Solution, Solver, Status, norm, relative_force
 from .base import BACKWARD, FORCE, Estimator, Steps
 from .batch import Batch
@@ -32,11 +32,11 @@ class FiniteHorizon(Estimator):
     equilibrium = second_phase = False
     steps: int = 1
 
-    def cost(self, model: EquilibriumModel) -> int:
+    def cost(self, model: Model) -> int:
         """In force evaluations."""
         raise NotImplementedError
 
-    def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
+    def unroll(self, model: Model, x: Tensor, solver: Solver) -> Tensor:
         """The last state, with the graph that leads to it."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class BPTT(FiniteHorizon):
     steps: Steps = 64
     window: Steps | None = None
 
-    def cost(self, model: EquilibriumModel) -> int:
+    def cost(self, model: Model) -> int:
         return FORCE * self.steps + BACKWARD * min(self.window or self.steps, self.steps)
 
     @property
@@ -81,7 +81,7 @@ class BPTT(FiniteHorizon):
         """Steps ahead of the window, -1 without one: then the start state is differentiated as well."""
         return -1 if self.window is None else self.steps - self.window
 
-    def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
+    def unroll(self, model: Model, x: Tensor, solver: Solver) -> Tensor:
         z = model.block.start(x)
         with torch.no_grad():
             for _ in range(self._before):
@@ -130,11 +130,11 @@ class Backprop(FiniteHorizon):
     compiled = False
     explicit = True
 
-    def cost(self, model: EquilibriumModel) -> int:
+    def cost(self, model: Model) -> int:
         """In force evaluations: forward once, and back."""
         return FORCE + BACKWARD
 
-    def unroll(self, model: EquilibriumModel, x: Tensor, solver: Solver) -> Tensor:
+    def unroll(self, model: Model, x: Tensor, solver: Solver) -> Tensor:
         return model.block.start(x)
 
 
@@ -146,7 +146,7 @@ class ForwardMode(FiniteHorizon):
     steps: Steps = 64
     compiled = False
 
-    def cost(self, model: EquilibriumModel) -> int:
+    def cost(self, model: Model) -> int:
         """In force evaluations: the state once apart and once under the tangents, of which each takes a product a step."""
         return FORCE * self.steps * (2 + sum(value.numel() for value in trained(model).values()))
 
@@ -168,7 +168,7 @@ class ForwardMode(FiniteHorizon):
 class _Relaxed(nn.Module):
     """(inputs, targets) -> mean loss and state after so many steps, for `torch.func`."""
 
-    def __init__(self, model: EquilibriumModel, steps: int, solver: Solver):
+    def __init__(self, model: Model, steps: int, solver: Solver):
         super().__init__()
         self.model, self.steps, self.solver = model, steps, solver
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calculus import uncompiled
 from ..dynamics import Dynamics
 from ..intact import bare, compiled
-from ..models import EquilibriumModel
+from ..models import Model
 from ..solvers import norm
 
 
@@ -39,10 +39,10 @@ class Problem:
     """One batch at a state, as a rule its free equilibrium. x (B, ...) and state (B, ...) without a graph.
 
     carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace. dynamics: what
-    computes the block, by default the model's block itself (`EquilibriumModel.dynamics`).
+    computes the block, by default the model's block itself (`Model.dynamics`).
     """
 
-    model: EquilibriumModel
+    model: Model
     inputs: Tensor
     targets: Tensor
     x: Tensor

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..models import EquilibriumModel
+from ..models import Model
 from ..solvers import Solution, Status
 
 
@@ -69,7 +69,7 @@ class Report:
             raise GradientError(self, "the gradient of the penalties is not finite; lower their strength or leave the step out")
         return total
 
-    def assign(self, model: EquilibriumModel, *, task: bool = True) -> None:
+    def assign(self, model: Model, *, task: bool = True) -> None:
         """Sets `.grad` of every parameter to a copy of its `total`, None where it has none, for any of PyTorch's optimisers.
         What was there is replaced; `eplib.ep_loss` accumulates.
 

@@ -30,7 +30,7 @@ from ..provenance import machine, versions
 from ..runconfig import Branch
 from ..settings import name_of
 from ..sources import source_digest
-from ..training import OutOfTime, Progress, RunConfig, Text, Trainer, fastest_backend, show_on_terminal
+from ..training import OutOfTime, Progress, RunConfig, Trainer, fastest_backend, show_on_terminal
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
 from .formats import to_csv, to_json
 from .leases import Held, holder, lease
@@ -177,7 +177,7 @@ class Store:
         metrics = summarise(trainer, progress)
         check()
         run = self._record(trainer, progress, metrics, device)
-        if self.sample and isinstance(config.data, Text):
+        if self.sample and trainer.task.vocabulary:
             try:
                 write_atomically(run.folder / "sample.txt", run.generate(PROMPT, self.sample))
             except Exception as error:  # whatever it is, it is the sample's: the run stands

@@ -11,15 +11,15 @@ import numpy
 import torch
 from safetensors.torch import load_file
 
-from ..diagnostics import agreement, without_readout
+from ..diagnostics import agreement
 from ..estimators import BPTT, DyadicEP, gradient
 from ..files import write_atomically
-from ..models import EquilibriumModel, LanguageModel
+from ..models import LanguageModel, Model
 from ..runconfig import Branch
 from ..solvers import Anderson, Relaxation
 from ..sources import source_digest
-from ..tasks import Task
-from ..training import RunConfig, TextTask, build_model, build_task
+from ..tasks import Dataset
+from ..training import RunConfig, build_model, build_task
 from .formats import columns, to_json
 
 PROMPT = "The king"  # of the recorded samples of text
@@ -112,11 +112,11 @@ class Run:
         path = self.machine_folder / "timing.csv"
         return columns(path)["seconds"] if path.exists() else None
 
-    def task(self) -> Task:
+    def task(self) -> Dataset:
         """What the run learned from. Raises `data.DataError` where it is not at the store's data."""
         return build_task(self.config, self.root / "data")
 
-    def model(self, step: int | None = None) -> EquilibriumModel:
+    def model(self, step: int | None = None) -> Model:
         """The evaluated weights after `step` updates (the last by default), in the run's model.
 
         Raises FileNotFoundError if they were not kept here: weights do not travel with a run's results.
@@ -125,7 +125,7 @@ class Run:
         if not path.exists():
             raise FileNotFoundError(f"the weights of {self.config.name} after step {step or self.config.steps} are not at "
                                     f"{path}; train the run here, or add the step to its `keep`")
-        model = build_model(self.config, self.task())
+        model = build_model(self.config, self.task().signal)
         model.load_state_dict(load_file(path))
         return model
 
@@ -137,13 +137,13 @@ class Run:
         Raises FileNotFoundError without weights here, `data.DataError` for a character that the run never trained on,
         ValueError for a run on images.
         """
-        task = self.task()
-        if not isinstance(task, TextTask):
+        vocabulary = self.task().vocabulary
+        if vocabulary is None:
             raise ValueError(f"{self.config.name} was trained on images, and only a text can be continued")
         model = cast(LanguageModel, self.model(step))
-        ids = model.generate(task.encode(prompt), tokens, self.config.solver, temperature, torch.Generator().manual_seed(seed),
-                             top_k=top_k)
-        return task.text.decode(ids.tolist())
+        ids = model.generate(torch.tensor(vocabulary.encode(prompt)), tokens, self.config.solver, temperature,
+                             torch.Generator().manual_seed(seed), top_k=top_k)
+        return vocabulary.decode(ids.tolist())
 
     def extend(self, steps: int, **how: Any) -> "Run":
         """The run that goes on from here for `steps` updates more, with weights, moments and carried state; of the experiment
@@ -176,7 +176,7 @@ class Run:
             found = gradient(model, *batch, estimator=BPTT(steps=count), solver=Relaxation(step=step))
             if found.grads is None or exact.grads is None:
                 raise ValueError(f"{self.config.name}: a phase diverged at the last weights, so no gradient can be compared")
-            agreed = agreement(without_readout(found.grads), without_readout(exact.grads))["total"]
+            agreed = agreement(*map(model.without_readout, (found.grads, exact.grads)))["total"]
             rows.append({"steps": count, "residual": found.free.residual.max().item(), "cosine": agreed.cosine,
                          "ratio": agreed.ratio, "settled": exact.free.residual.max().item()})
         return rows

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..diagnostics import adaptive_compute
 from ..log import Log, Progress
 from ..solvers import Anderson, FixedHorizon, Solver
-from ..tasks import Task
-from ..training import EXCURSION, RunConfig, TextTask, Trainer, evaluate
+from ..training import EXCURSION, RunConfig, Trainer, evaluate
 
 WINDOWS = 500  # of a recorded log, about
 NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
@@ -75,16 +74,6 @@ def over_training(columns: Mapping[str, ndarray], config: RunConfig) -> dict:
                 "gradient_norm_others": _finite(numpy.median, half["gradient_norm"][~penalised])}}
 
 
-def baselines(task: Task) -> dict[str, float]:
-    """Validation losses of guesses that know no context, in nats a token; none but for text."""
-    if not isinstance(task, TextTask):
-        return {}
-    counts = numpy.bincount(task.train, minlength=task.vocab) + 1  # none is zero: the split may hold what training lacks
-    held_out = numpy.concatenate([targets.flatten() for _, targets in task.validation()])  # what the runs' losses are over
-    return {"frequencies of single symbols": float(-numpy.log(counts / counts.sum())[held_out].mean()),
-            "random guess": math.log(task.vocab)}
-
-
 def _finite(of: Callable, values: ndarray) -> float | None:
     values = values[numpy.isfinite(values)]
     return float(of(values)) if len(values) else None
@@ -112,7 +101,7 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
                "rate_step": None if math.isnan(rate) else config.solver.step,
                "parameters": sum(p.numel() for p in model.parameters()),
                "training": over_training({name: rows.column(name) for name in rows.columns}, config),
-               "baselines": baselines(trainer.task)}
+               "baselines": trainer.task.baselines()}
     if config.start:
         metrics["training_start"] = evaluated(config.solver, trainer.predicted_start)
     if not model.block.explicit:

@@ -119,4 +119,4 @@ def _lost(values: list[float | None]) -> str | None:
 
 
 def _explicit(run: Run) -> bool:
-    return run.config.model.block.kind == "Feedforward"
+    return run.config.model.explicit

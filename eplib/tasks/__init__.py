@@ -1,5 +1,10 @@
-"""What a run learns from."""
+"""What a run learns: its data, split, batches and validation, and what a model is to take."""
 
-from .base import ImageTask, Task, TextTask, build_model, build_task
+from ..data import DataError, Vocabulary
+from .base import Dataset, Task
+from .images import ImageDataset, Images, Mnist
+from .signals import Patches, Signal, Tokens
+from .text import Text, TextDataset
 
-__all__ = ["ImageTask", "Task", "TextTask", "build_model", "build_task"]
+__all__ = ["DataError", "Dataset", "ImageDataset", "Images", "Mnist", "Patches", "Signal", "Task", "Text", "TextDataset",
+           "Tokens", "Vocabulary"]
