@@ -399,12 +399,12 @@ def test_tokens_round_trip(tale, tokens):
     assert fetching.main(["--root", str(tale), f"tinystories-{tokens}"]) == 0
     text = reading.text("tinystories", tokens, tale)
     assert text.ids.dtype == np.int64 and text.ids.ndim == 1 and text.ids.max() < text.vocab
-    assert text.decode(text.ids) == TALE
-    assert text.encode(TALE) == text.ids.tolist()
+    assert text.codec.decode(text.ids) == TALE
+    assert text.codec.encode(TALE) == text.ids.tolist()
     assert text.vocab == (300 if tokens == "bpe300" else len(set(TALE)))
     sample = "fox \u2014 <|endoftext|>\n"
-    assert text.decode(text.encode(sample)) == sample
-    assert (len(text.encode("<|endoftext|>")) == 1) == (tokens == "bpe300")
+    assert text.codec.decode(text.codec.encode(sample)) == sample
+    assert (len(text.codec.encode("<|endoftext|>")) == 1) == (tokens == "bpe300")
 
 
 @pytest.mark.parametrize("damage", [lambda text: text.replace(b"\n", b"\r\n"), lambda text: codecs.BOM_UTF8 + text,
@@ -426,15 +426,16 @@ def test_a_text_with_converted_line_endings_or_a_byte_order_mark_is_taken_withou
 def test_unknown_character_is_named(tale):
     fetching.prepare("tinystories", "chars", tale)
     with pytest.raises(DataError, match="cannot encode 'Z'"):
-        reading.text("tinystories", "chars", tale).encode("Zoo")
+        reading.text("tinystories", "chars", tale).codec.encode("Zoo")
 
 
 TRAIN = """
 import hashlib, sys
 from pathlib import Path
+from eplib import codecs
 from pipelines import data
 play = data.corpus_text("plays", Path("unused"))[:400_000]
-codec = data.train_bpe(play, 1024)
+codec = codecs.train_bpe(play, 1024)
 print(hashlib.sha256(repr((codec.tokenizer, codec.encode(play))).encode()).hexdigest())
 """
 
@@ -458,11 +459,11 @@ def test_token_sets_of_the_plays_are_the_recorded_ones(tmp_path):
                        "plays-bpe1024/ids.npy": "c9db05e0538ab2e7", "plays-bpe1024/vocab.json": "588aa392cb375b26"}
     plays = reading.text("plays", "chars", tmp_path)
     assert plays.vocab == 78 and len(plays.ids) == 4_845_497
-    assert plays.decode(plays.ids[:25]) == "ALL'S WELL THAT ENDS WELL"
+    assert plays.codec.decode(plays.ids[:25]) == "ALL'S WELL THAT ENDS WELL"
     words = reading.text("plays", "bpe1024", tmp_path)
     assert words.vocab == 1024
-    end = words.decode(words.ids[-2000:])
-    assert plays.decode(plays.ids[-len(end):]) == end
+    end = words.codec.decode(words.ids[-2000:])
+    assert plays.codec.decode(plays.ids[-len(end):]) == end
 
 
 def test_text_missing_damaged_outdated(tale):

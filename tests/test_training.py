@@ -306,7 +306,7 @@ def test_targets_are_the_next_tokens_and_the_split_is_by_position(corpus):
     task = build_task(config(), corpus)
     ids = torch.cat([task.train, task.held_out])
     text = eplib.data.text("tinystories", "chars", corpus)
-    assert text.decode(ids) == preparing.corpus_text("tinystories", corpus)
+    assert text.codec.decode(ids) == preparing.corpus_text("tinystories", corpus)
     assert len(task.train) == int(0.98 * len(ids))
     inputs, targets = task.batch(3)
     assert inputs.shape == targets.shape == (4, 8) and torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -362,7 +362,7 @@ def test_runs_of_different_learning_rates_have_different_names():
      "context=4 would do nothing"),
     ({"start": LinearStart(), "estimator": estimators.BPTT()}, "BPTT begins at the block's own"),
     ({"start": LinearStart(), "model": Transformer(width=8, heads=2, context=8, block=blocks.Layered(layers=2))},
-     "Layered has one for each layer"),
+     "block Layered has others"),
     ({"nudged": Relaxation(), "estimator": estimators.BPTT()}, "BPTT has no nudged or adjoint phase"),
     ({"nudged": Relaxation(), "estimator": estimators.OneStep()}, "OneStep has no nudged or adjoint phase"),
     (BACKPROP | {"nudged": Relaxation()}, "Backprop has no nudged or adjoint phase"),
@@ -379,7 +379,7 @@ def test_runs_of_different_learning_rates_have_different_names():
      "a second phase, which FixedHorizon of no steps cannot settle"),
     ({"estimator": estimators.OneStep(), "anneal": 0.1}, "the nudge's beta, which the estimator OneStep does not have"),
     ({"frozen": True}, "give penalties: ..; audits|frozen leaves penalties nothing to change"),
-    ({"adaptive": True}, "adaptive counts the iterations of MNIST's test images"),
+    ({"adaptive": True}, "adaptive counts the iterations of test images"),
 ])
 def test_parts_of_a_configuration_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -765,12 +765,12 @@ def test_generation_is_deterministic_keeps_the_prompt_and_outgrows_the_context(r
     run = Store("x", root).run(config())
     model = run.model()
     text = eplib.data.text("tinystories", "chars", root / "data")
-    prompt = torch.tensor(text.encode("ALL'S"))
+    prompt = torch.tensor(text.codec.encode("ALL'S"))
     draw = [model.generate(prompt, 20, run.config.solver, generator=torch.Generator().manual_seed(seed))
             for seed in (1, 1, 2)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     assert draw[0].shape == (25,) and torch.equal(draw[0][:5], prompt)
-    assert text.decode(draw[0]).startswith("ALL'S")
+    assert text.codec.decode(draw[0]).startswith("ALL'S")
     with pytest.raises(ValueError, match=r"temperature must be at least 0, .*got -1\.0"):
         model.generate(prompt, 1, run.config.solver, -1.0)
     with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):

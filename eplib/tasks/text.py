@@ -49,10 +49,10 @@ class Text(Task):
         return self
 
     def fits(self, model: "Architecture") -> None:
-        if model.context is None:
-            raise ValueError("model.context is the length of a text sequence: Text needs one, got context=None")
         if model.causal is False:
             raise ValueError("block.causal must be true for Text and false for Mnist")
+        if model.context is None:
+            raise ValueError("model.context is the length of a text sequence: Text needs one, got context=None")
 
     def load(self, root: Path = DATA, *, batch: int, seed: int = 0, context: int | None = None) -> "TextDataset":
         if context is None:
