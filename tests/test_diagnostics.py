@@ -41,9 +41,9 @@ def test_every_name_has_a_group_whatever_has_renamed_it():
     assert set(found) == {*diagnostics.GROUPS, "other"}
     sizes = {"Wq": 64, "Wk": 64, "Wv": 64, "Wo": 64, "W1": 32 + 256, "W2": 256, "LN": 32, "other": 72 + 16}
     assert {group: found[group].numel() for group in sizes} == sizes
-    assert set(diagnostics.without_readout(renamed)) == {n for n in renamed if n.split(".")[0] not in ("norm", "readout")}
+    assert set(model.without_readout(renamed)) == {n for n in renamed if n.split(".")[0] not in ("norm", "readout")}
     whole = {f"_orig_mod.{name}": value for name, value in plain.items()}
-    assert set(diagnostics.without_readout(whole)) == {f"_orig_mod.{name}" for name in diagnostics.without_readout(plain)}
+    assert set(model.without_readout(whole)) == {f"_orig_mod.{name}" for name in model.without_readout(plain)}
 
 
 def test_gradients_of_different_parameters_have_no_agreement():

@@ -684,6 +684,15 @@ class Unrolled(estimators.Estimator):
                                  {"force_evaluations": 9})
 
 
+def test_feedback_alignment_takes_states_without_tokens():
+    """a = e R, by the gradient a inputs^T of B in a linear system, whose error is z* - target."""
+    model, (inputs, targets) = linear_system(symmetric=False), linear_batch()
+    report = eplib.gradient(model, inputs, targets, estimator=estimators.FeedbackAlignment(), solver=TIGHT)
+    a = (report.free.value - targets) @ report.state["feedback"]
+    assert report.state["feedback"].shape == (targets.shape[1], report.free.value.shape[1])
+    assert torch.allclose(report.grads["inflow"], a.mT @ inputs / len(inputs), rtol=1e-9, atol=1e-12)
+
+
 def test_an_estimator_of_ones_own_overrides_adjoint_or_gradient():
     model, inputs, targets = transformer(init=0.3)
     report = eplib.gradient(model, inputs, targets, estimator=Neumann(), solver=TIGHT)

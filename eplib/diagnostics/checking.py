@@ -122,8 +122,8 @@ def _derivative(block: Any, x: Tensor, z: Tensor, found: Checked) -> None:
     u, v = _draw(z, 2), _draw(z, 3)
     automatic = AutomaticSlope(bare(block), z, x)
     with torch.no_grad():
-        truth, step = automatic.product(v), MOVED * max(z.norm().item(), 1.0) / v.norm()
-        quotient = (block(z + step * v, x) - block(z - step * v, x)) / (2 * step)
+        truth, width = automatic.product(v), MOVED * max(z.norm().item(), 1.0) / v.norm()
+        quotient = (block(z + width * v, x) - block(z - width * v, x)) / (2 * width)
         found.need("autograd", _error(truth, quotient), NEAR, "autograd's derivative is not that of the force (error {error}): "
                    "a part of the force has no graph, is detached or not smooth; take slopes by torch.func.grad")
         given = block.linearise(z, x)
@@ -163,12 +163,12 @@ def _weights(block: Any, x: Tensor, z: Tensor, found: Checked) -> None:
 def _quotient_apart(block: Any, x: Tensor, z: Tensor, u: Tensor, parameter: Tensor, exact: Tensor, largest: float) -> float:
     """How far a difference quotient of <u, F> along a random way of the parameter is from the gradient `exact`, relative."""
     way, kept, ends = _draw(parameter, 5), parameter.clone(), []
-    step = MOVED * max(kept.norm().item(), 1.0) / way.norm().clamp_min(MOVED)
+    width = MOVED * max(kept.norm().item(), 1.0) / way.norm().clamp_min(MOVED)
     for sign in (1, -1):
-        parameter.copy_(kept + sign * step * way)
+        parameter.copy_(kept + sign * width * way)
         ends.append((u * block(z, x)).sum())
     parameter.copy_(kept)
-    apart = (ends[0] - ends[1]) / (2 * step) - (exact * way).sum()
+    apart = (ends[0] - ends[1]) / (2 * width) - (exact * way).sum()
     size = max((exact.norm() * way.norm()).item(), largest)
     return abs(apart.item()) / (size or 1.0)
 

@@ -62,7 +62,7 @@ class FeedbackAlignment(ByAdjoint):
             shape = (*z.shape[1:-2], error.shape[-1], z.shape[-1])  # (V, C), for a stack (L, V, C)
             draw = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / math.sqrt(z.shape[-1])
             problem.carried["feedback"] = draw.to(z)
-        if error.dim() == 2:  # one error for the image, shared by its tokens
+        if error.dim() == 2 < z.dim():  # one error for the image, shared by its tokens
             error = error.unsqueeze(1) / z.shape[-2]
         error = error.view(error.shape[0], *(1,) * (z.dim() - 3), *error.shape[1:])
         return Adjoint((error @ problem.carried["feedback"]).expand_as(z))

@@ -12,7 +12,7 @@ from ..solvers import FixedHorizon, Solver
 from ..starts import LinearStart
 from .base import LINEARISATION, Estimator
 from .batch import Batch
-from .entry import check, second_phase
+from .entry import refuse_misfits, second_phase
 from .problem import Problem
 from .report import Report, summed
 
@@ -30,7 +30,7 @@ def gradient(model: Model, inputs: Tensor, targets: Tensor, *, estimator: Estima
     ValueError if anything else does not; a diverged phase is no exception but gives `grads=None`.
     """
     second = second_phase(estimator, solver, nudged)
-    check(model, inputs, targets, estimator, backend, penalties, start)
+    refuse_misfits(model, inputs, targets, estimator, backend, penalties, start)
     batch = Batch(model, inputs, targets, model.dynamics(backend), start, dict(state or {}))
     report = estimator.gradient(batch, solver, second)
     if not estimator.equilibrium:  # the kernel computes the steps alone, and keeps no linearisation that a penalty would share

@@ -38,8 +38,8 @@ def second_phase(estimator: Any, solver: Solver | None, nudged: Solver | None) -
     return chosen
 
 
-def check(model: Model, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend,
-          penalties: tuple = (), start: Tensor | LinearStart | None = None) -> None:
+def refuse_misfits(model: Model, inputs: Tensor, targets: Tensor, estimator: Any, backend: Backend,
+                   penalties: tuple = (), start: Tensor | LinearStart | None = None) -> None:
     """Raises ValueError or TypeError where model, batch, estimator, backend, penalties and start do not fit."""
     refuse_hooked_wrapper(model.block)
     if torch.is_inference_mode_enabled() or inputs.is_inference() or targets.is_inference():
