@@ -174,9 +174,9 @@ def up_to_date(profile: str, root: Path = ROOT) -> bool:
     )
 
 
-def compile_with(content: Path, root: Path, query: str = "") -> Any:
-    """Set paper/main.typ with the file `content`, or answer a query about it; raises PipelineError with Typst's
-    message."""
+def compile_with(content: Path, root: Path, query: str = "", field: str = "value") -> Any:
+    """Set paper/main.typ with the file `content`, or answer a query about a field of its elements; raises PipelineError
+    with Typst's message."""
     import typst
 
     common: dict[str, Any] = {
@@ -186,7 +186,7 @@ def compile_with(content: Path, root: Path, query: str = "") -> Any:
     }
     main = str(root / "paper" / "main.typ")
     try:
-        return typst.query(main, query, field="value", **common) if query else typst.compile(main, **common)
+        return typst.query(main, query, field=field, **common) if query else typst.compile(main, **common)
     except typst.TypstError as error:
         raise PipelineError(f"paper/main.typ could not be set: {error}") from error
 

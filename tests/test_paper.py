@@ -285,6 +285,23 @@ def test_without_results_the_paper_is_set_and_says_what_is_missing(tree, profile
     assert verify.verify(profile, tree) == (profile != "paper")
 
 
+def test_what_a_notebook_of_the_readers_own_makes_is_shown_behind_the_text(tree):
+    fill(tree)
+    common.write_text(tree / "notebooks" / "mine.ipynb", "{}")
+    mine = tree / "results" / "quick" / "mine"
+    common.write_text(mine / "mine_table.json", json.dumps({"title": "Mine", "columns": ["arm"], "rows": [["EP"]]}))
+    shutil.copytree(tree / "figures" / "quick" / "architectures", tree / "figures" / "quick" / "mine")
+    for path in (tree / "figures" / "quick" / "mine").iterdir():
+        path.rename(path.with_stem("mine_losses"))
+    assert paper.collect("quick", tree)["further"] == {"figures": ["mine_losses"], "tables": ["mine_table"], "texts": []}
+    paper.write("quick", tree)
+    shown = paper.compile_with(paper.content_path("quick", tree), tree, query="figure.where(kind: table)", field="label")
+    assert "<tab-mine_table>" in shown and "<tab-T1>" in shown
+    common.write_text(mine / "T1.json", (mine / "mine_table.json").read_text())
+    with pytest.raises(PipelineError, match="gradients and mine both made the table 'T1'"):
+        paper.collect("quick", tree)
+
+
 def test_a_table_or_text_made_from_no_run_is_missing(tree):
     fill(tree)
     for name, key, empty in (("mnist", "T3", {"rows": []}), ("shakespeare", "S2", {"texts": []})):
