@@ -90,17 +90,12 @@ smoke: setup  ## run every stage at toy size in a scratch folder (at most 4 minu
 
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
 	@$(ALONE); set -x; \
-	python -m pipelines.data tinyshakespeare-chars; \
 	dvc repro pipelines/paper/dvc.yaml; \
 	python -m pipelines.verify --profile paper
 
-# Stages of the paper profile that only read recorded runs, run again although nothing changed.
-REDRAWN := $(patsubst notebooks/%.ipynb,notebook-%,$(wildcard notebooks/*.ipynb)) claims paper report
-
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
 	@$(ALONE); set -x; \
-	python -m pipelines.data tinyshakespeare-chars; \
-	dvc repro --force --single-item $(addprefix pipelines/paper/dvc.yaml:,$(REDRAWN))
+	dvc repro --force pipelines/paper/dvc.yaml
 
 bench: setup  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (10 to 20 minutes, idle machine)
 	@$(KERNEL)

@@ -104,8 +104,8 @@ def page(title: str, body: str, profile: str) -> str:
     )
 
 
-def notebook_page(path: Path, profile: str) -> str:
-    """An executed notebook as an HTML page."""
+def notebook_page(path: Path, profile: str, note: str = "") -> str:
+    """A notebook with the outputs that it holds as an HTML page."""
     nbformat = notebook_format()
     from nbconvert import HTMLExporter
 
@@ -118,6 +118,7 @@ def notebook_page(path: Path, profile: str) -> str:
                 raise PipelineError(f"notebooks/{path.stem}.ipynb: {error}") from error
     body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
     back = '<p><a href="../index.html">All figures and tables</a></p>'
+    back += f'\n<p class="note">{note}</p>' if note else ""
     return page(path.stem, f'{back}\n<main class="notebook">{body}</main>\n{back}', profile)
 
 
@@ -203,6 +204,17 @@ def folder_of(profile: str, root: Path = ROOT) -> Path:
     return root / "paper" / "build" / name_of(profile) / "report"
 
 
+def page_of(name: str, profile: str, root: Path) -> str:
+    """A notebook's page: executed here; else, where its results are recorded, without outputs; else that it is missing."""
+    results = root / "results" / name_of(profile)
+    if (executed := results / "notebooks" / f"{name}.ipynb").is_file():
+        return notebook_page(executed, profile)
+    if not (results / name / "index.json").is_file():
+        return page(name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile)
+    note = "Its results are recorded; the notebook has not been executed here, so its outputs are not shown."
+    return notebook_page(root / "notebooks" / f"{name}.ipynb", profile, note)
+
+
 def build(profile: str, root: Path = ROOT) -> Path:
     """Write the report beside its place, move it there as a whole, and return its first page."""
     names = planned(load_profile(profile, root), root)
@@ -210,18 +222,14 @@ def build(profile: str, root: Path = ROOT) -> Path:
     draft = final.with_name("report.part")
     shutil.rmtree(draft, ignore_errors=True)
     content, machine = paper.collect(profile, root), paper.machine_facts(profile, root)
-    executed = {name: root / "results" / name_of(profile) / "notebooks" / f"{name}.ipynb" for name in names}
-    for name, path in executed.items():
-        missing = page(
-            name, f'<p class="missing">missing: notebook {name} has not been run at profile {profile}</p>', profile
-        )
-        write_text(draft / "notebooks" / f"{name}.html", notebook_page(path, profile) if path.is_file() else missing)
+    for name in names:
+        write_text(draft / "notebooks" / f"{name}.html", page_of(name, profile, root))
     (draft / "figures").mkdir(parents=True)
     for value in (machine["figures"] | content["figures"]).values():
         source = root / value["path"].lstrip("/")
         for kind in (".pdf", ".svg"):
             shutil.copy(source.with_suffix(kind), draft / "figures")
-    write_text(draft / "index.html", index_page(profile, list(executed), content, machine))
+    write_text(draft / "index.html", index_page(profile, names, content, machine))
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
     return final / "index.html"
@@ -231,7 +239,8 @@ def write(profile: str, root: Path = ROOT) -> Path:
     """Write the report, then the stamp results/<profile>/report.json: what it was made of; returns the first page."""
     index = build(profile, root)
     content = paper.collect(profile, root)
-    executed = sorted((root / "results" / name_of(profile) / "notebooks").glob("*.ipynb"))
+    folder = root / "results" / name_of(profile) / "notebooks"
+    executed = sorted(folder.glob("*.ipynb")) if name_of(profile) != "paper" else []  # whose are not in git
     stamp = {
         "claims": {key: value["verdict"] for key, value in content["claims"].items()},
         "figures": {key: value["sha256"] for key, value in content["figures"].items()},

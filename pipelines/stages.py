@@ -91,13 +91,17 @@ class Stages:
         return {"cmd": self.command("notebook", "run", name),
                 "deps": [f"{self.results}/sources/{name}.json", self.decided(stage),
                          *([f"{self.results}/runs"] if self.plan.in_git else runs)],
-                "outs": [self.out(path, persist=True) for path in (f"{self.results}/notebooks/{name}.ipynb",
-                                                                   f"{self.results}/{name}", f"{self.figures}/{name}")]}
+                "outs": [self.out(path, persist=True) for path in (*self.executed(name), f"{self.results}/{name}",
+                                                                   f"{self.figures}/{name}")]}
+
+    def executed(self, name: str) -> list[str]:
+        """The executed notebook; the paper profile's are not in git, so that a clone does not run them to have them."""
+        return [] if self.plan.in_git else [f"{self.results}/notebooks/{name}.ipynb"]
 
     def closing(self) -> dict[str, Stage]:
         """Claims, paper and report. PDF and report also print facts of the machine, so DVC keeps a stamp of what they are made
         of in their place."""
-        executed = [f"{self.results}/notebooks/{name}.ipynb" for name in self.plan.notebooks]
+        executed = [path for name in self.plan.notebooks for path in self.executed(name)]
         shown = [f"{self.results}/claims.json", *self.made, *self.drawn]
         deps = {"claims": ["paper/claims.yaml", *self.made], "paper": ["paper/main.typ", "paper/refs.bib", *shown],
                 "report": [*shown, *executed]}

@@ -16,12 +16,11 @@ from pipelines import claims, paper, report
 from pipelines.common import ROOT, command, for_profile, load_profile, planned
 
 
-def missing(profile: str, root: Path = ROOT) -> list[str]:
-    """What the paper shows as missing and which notebooks have not been run, in words; needs the paper to be built."""
-    executed = root / "results" / name_of(profile) / "notebooks"
-    unrun = [f"executed notebook {name}" for name in planned(load_profile(profile, root), root)
-             if not (executed / f"{name}.ipynb").is_file()]
-    return paper.missing(profile, root) + unrun
+def missing_notebooks(profile: str, root: Path = ROOT) -> list[str]:
+    """The notebooks of a profile without results, in words."""
+    results = root / "results" / name_of(profile)
+    return [f"results of notebook {name}" for name in planned(load_profile(profile, root), root)
+            if not (results / name / "index.json").is_file()]
 
 
 def verify(profile: str, root: Path = ROOT) -> int:
@@ -35,7 +34,7 @@ def verify(profile: str, root: Path = ROOT) -> int:
         paper.build(profile, root)
     if not fresh or not index.is_file():
         report.build(profile, root)
-    lacking = missing(profile, root)
+    lacking = paper.missing(profile, root) + missing_notebooks(profile, root)
     print(f"\nprofile  {profile}")
     for name, path in (
         ("paper", pdf),

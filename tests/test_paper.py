@@ -39,6 +39,7 @@ FIGURES, TABLES = declared("figure"), declared("result")
 def tree(tmp_path):
     """A root folder with this repository's paper and a profile quick, smoke and paper, and no results."""
     shutil.copytree(ROOT / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("build"))
+    (tmp_path / "notebooks").mkdir()
     for profile in ("smoke", "quick", "paper"):
         every = yaml.safe_dump({"notebooks": dict.fromkeys(SOURCES)})
         common.write_text(tmp_path / "pipelines" / "profiles" / f"{profile}.yaml", every)
@@ -293,7 +294,8 @@ def test_what_a_notebook_of_the_readers_own_makes_is_shown_behind_the_text(tree)
     shutil.copytree(tree / "figures" / "quick" / "architectures", tree / "figures" / "quick" / "mine")
     for path in (tree / "figures" / "quick" / "mine").iterdir():
         path.rename(path.with_stem("mine_losses"))
-    assert paper.collect("quick", tree)["further"] == {"figures": ["mine_losses"], "tables": ["mine_table"], "texts": []}
+    further = paper.collect("quick", tree)["further"]
+    assert "mine_losses" in further["figures"] and "mine_table" in further["tables"] and "T1" not in further["tables"]
     paper.write("quick", tree)
     shown = paper.compile_with(paper.content_path("quick", tree), tree, query="figure.where(kind: table)", field="label")
     assert "<tab-mine_table>" in shown and "<tab-T1>" in shown
@@ -398,6 +400,17 @@ def test_the_report_is_complete_and_loads_nothing_from_elsewhere(tree):
         name in first for name in ("T1. A title", "figures/F1.svg", "figures/F16.svg", "EP &lt;b&gt;", "A note.")
     )
     assert (tree / "results" / "quick" / "report.json").is_file()
+
+
+def test_a_notebook_with_results_that_was_not_executed_here_is_shown_without_outputs(tree):
+    for name in ("mnist", "cost"):
+        shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tree / "notebooks")
+    common.write_text(tree / "results" / "paper" / "mnist" / "index.json", "{}")
+    pages = {name: report.page_of(name, "paper", tree) for name in ("mnist", "cost")}
+    assert "has not been executed here" in pages["mnist"] and "E2" in pages["mnist"]
+    assert "has not been run at profile paper" in pages["cost"] and "E7" not in pages["cost"]
+    assert "results of notebook mnist" not in verify.missing_notebooks("paper", tree)
+    assert "results of notebook cost" in verify.missing_notebooks("paper", tree)
 
 
 @pytest.mark.parametrize("formula", [r"\left( x", r"\nosuchcommand x"])
