@@ -1,7 +1,7 @@
 """What all blocks are made of: a module with a force, its derivative, and the configuration that builds it."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -87,7 +87,10 @@ Scale = Annotated[float, Field(gt=0)]
 
 
 class Block(Family):
-    """Configuration of a block."""
+    """Configuration of a block. explicit: its start state is its answer. clamp_shaped: its states have the clamp's shape."""
+
+    explicit: ClassVar[bool] = False
+    clamp_shaped: ClassVar[bool] = True
 
     if TYPE_CHECKING:
 

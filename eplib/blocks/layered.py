@@ -1,6 +1,6 @@
 """An ordinary transformer, and the same as one equilibrium state."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ class _Stack(Block):
 class Feedforward(_Stack):
     """Ordinary pre-LN transformer (Vaswani 2017, pre-LN form) with the parameters of `Thick` in each of its layers."""
 
+    explicit: ClassVar[bool] = True
 
     def build(self, width: int, heads: int, context: int) -> FeedforwardBlock:
         """The module for states (..., T <= context, width). Raises `ShapeError` if heads do not divide the width."""
@@ -119,6 +120,7 @@ class Feedforward(_Stack):
 class Layered(_Stack):
     """The same transformer, weight for weight, as one equilibrium state (..., layers, T, width)."""
 
+    clamp_shaped: ClassVar[bool] = False
 
     def build(self, width: int, heads: int, context: int) -> LayeredBlock:
         """The module for states (..., layers, T <= context, width). Raises `ShapeError` if heads do not divide the width."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import Attractor, Dynamical, EquilibriumBlock, LinearAttention, Thick
+from ..blocks import Dynamical, EquilibriumBlock
 from ..calculus import Sublayers, writes
 from ..intact import bare
 from ..solvers import Solution, Solver
@@ -37,8 +37,8 @@ def unknown(block: Any) -> str | None:
 def knows(block: Any, width: int, heads: int) -> bool:
     """Whether the kernel computes the block of this configuration, not of one derived from it, at this width and number of
     heads."""
-    kind = type(block)
-    known = (kind is LinearAttention and not block.symmetric) or (kind in (Thick, Attractor) and not block.qk_norm)
+    known = (block.kind == "LinearAttention" and not block.symmetric) or (
+        block.kind in ("Thick", "Attractor") and not block.qk_norm)  # names that only eplib's own have
     return known and width % MULTIPLE == 0 and width // heads % HEAD == 0
 
 

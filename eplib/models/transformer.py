@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..blocks import Block, Feedforward, Layered
+from ..blocks import Block
 from ..calculus import EPS, linear, normalise
 from ..config import configuration
 from ..solvers import Solver
@@ -39,11 +39,11 @@ class Transformer(Architecture):
 
     @property
     def explicit(self) -> bool:  # type: ignore[override]
-        return isinstance(self.block, Feedforward)
+        return self.block.explicit
 
     @property
     def clamp_shaped(self) -> bool:  # type: ignore[override]
-        return not isinstance(self.block, Layered)
+        return self.block.clamp_shaped
 
     @property
     def in_kernel(self) -> bool:  # type: ignore[override]
