@@ -21,8 +21,9 @@ import pytest
 
 from eplib import data as reading
 from eplib.data import DataError, RawFile
-from pipelines import data as fetching
-from pipelines.data import Source, SourceError
+from pipelines import data as preparing
+from pipelines import fetching
+from pipelines.fetching import Source, SourceError
 
 CONTENT = bytes(range(256)) * 40
 FILE = RawFile("sample-ubyte", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
@@ -116,14 +117,14 @@ def test_fetch_goes_on_after_an_interruption(tmp_path, monkeypatch):
         return CONTENT
 
     files = {part: RawFile(part, FILE.size, FILE.sha256) for part in ("a", "b", "c")}
-    monkeypatch.setattr(fetching, "MNIST_FILES", files)
-    monkeypatch.setattr(fetching, "mirror", lambda: Source("mirror", get))
+    monkeypatch.setattr(preparing, "MNIST_FILES", files)
+    monkeypatch.setattr(preparing, "mirror", lambda: Source("mirror", get))
     with pytest.raises(KeyboardInterrupt):
-        fetching.fetch_mnist(tmp_path)
+        preparing.fetch_mnist(tmp_path)
     folder = tmp_path / "raw" / "mnist"
     assert listing(folder) == ["a"]
     (folder / ".b.part").write_bytes(CONTENT[:10])
-    fetching.fetch_mnist(tmp_path)
+    preparing.fetch_mnist(tmp_path)
     assert asked == ["a", "b", "b", "c"] and listing(folder) == ["a", "b", "c"]
 
 
@@ -350,7 +351,7 @@ def test_command_with_a_corrupt_mirror(tmp_path):
 
 @pytest.mark.parametrize("name", ["imagenet", "plays-", "plays-words", "mnist-chars", "plays-bpe10"])
 def test_command_refuses_unknown_names(name, tmp_path, capsys):
-    assert fetching.main(["--root", str(tmp_path), name]) == 1
+    assert preparing.main(["--root", str(tmp_path), name]) == 1
     said = capsys.readouterr().err
     assert "allowed: mnist, plays" in said or "must lie between" in said
 
@@ -396,7 +397,7 @@ def tale(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("tokens", ["chars", "bpe300"])
 def test_tokens_round_trip(tale, tokens):
-    assert fetching.main(["--root", str(tale), f"tinystories-{tokens}"]) == 0
+    assert preparing.main(["--root", str(tale), f"tinystories-{tokens}"]) == 0
     text = reading.text("tinystories", tokens, tale)
     assert text.ids.dtype == np.int64 and text.ids.ndim == 1 and text.ids.max() < text.vocab
     assert text.codec.decode(text.ids) == TALE
@@ -413,18 +414,18 @@ def test_a_text_with_converted_line_endings_or_a_byte_order_mark_is_taken_withou
     """From a mirror and where it already lies: what is stored is the text, byte for byte."""
     content, mirror, there = TALE.encode(), tale.parent / "mirror" / "tale.txt", tale / "raw" / "tale.txt"
     mirror.write_bytes(damage(content))
-    assert fetching.corpus_text("tinystories", tale) == TALE and there.read_bytes() == content
+    assert preparing.corpus_text("tinystories", tale) == TALE and there.read_bytes() == content
     mirror.unlink()
     there.write_bytes(damage(content))
-    assert fetching.corpus_text("tinystories", tale) == TALE and there.read_bytes() == content
+    assert preparing.corpus_text("tinystories", tale) == TALE and there.read_bytes() == content
     there.write_bytes(damage(content[:-7]))
     with pytest.raises(DataError, match=f"already there: has {len(content) - 7:,} bytes, expected .* \\(without a byte order"):
-        fetching.corpus_text("tinystories", tale)
+        preparing.corpus_text("tinystories", tale)
     assert there.read_bytes() == damage(content[:-7])
 
 
 def test_unknown_character_is_named(tale):
-    fetching.prepare("tinystories", "chars", tale)
+    preparing.prepare("tinystories", "chars", tale)
     with pytest.raises(DataError, match="cannot encode 'Z'"):
         reading.text("tinystories", "chars", tale).codec.encode("Zoo")
 
@@ -452,7 +453,7 @@ def test_bpe_training_is_deterministic():
 @pytest.mark.slow
 def test_token_sets_of_the_plays_are_the_recorded_ones(tmp_path):
     """The quick profile's token sets, made anew, are those its recorded results were trained on, byte for byte."""
-    assert fetching.main(["--root", str(tmp_path), "plays-chars", "plays-bpe1024"]) == 0
+    assert preparing.main(["--root", str(tmp_path), "plays-chars", "plays-bpe1024"]) == 0
     digests = {str(path.relative_to(tmp_path / "prepared")): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
                for path in (tmp_path / "prepared").rglob("*.*")}
     assert digests == {"plays-chars/ids.npy": "f4d5adbefca9e21f", "plays-chars/vocab.json": "01d1445233ac4a39",
@@ -469,7 +470,7 @@ def test_token_sets_of_the_plays_are_the_recorded_ones(tmp_path):
 def test_text_missing_damaged_outdated(tale):
     with pytest.raises(DataError, match=r"tinystories-chars/vocab.json .*pipelines.data --root .* tinystories-chars"):
         reading.text("tinystories", "chars", tale)
-    fetching.prepare("tinystories", "chars", tale)
+    preparing.prepare("tinystories", "chars", tale)
     folder = tale / "prepared" / "tinystories-chars"
     ids, vocabulary = (folder / "ids.npy").read_bytes(), (folder / "vocab.json").read_text()
     for name, content, complaint in [
@@ -480,13 +481,13 @@ def test_text_missing_damaged_outdated(tale):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(DataError, match=complaint):
             reading.text("tinystories", "chars", tale)
-        fetching.prepare("tinystories", "chars", tale)
+        preparing.prepare("tinystories", "chars", tale)
         assert (folder / "ids.npy").read_bytes() == ids and (folder / "vocab.json").read_text() == vocabulary
 
 
 def test_no_pickle_is_loaded(tale):
     """An ids.npy holding a pickle with a matching checksum is still refused."""
-    fetching.prepare("tinystories", "chars", tale)
+    preparing.prepare("tinystories", "chars", tale)
     folder = tale / "prepared" / "tinystories-chars"
     np.save(folder / "ids.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     meta = json.loads((folder / "vocab.json").read_text())
@@ -505,7 +506,7 @@ def test_unknown_corpus_and_tokens():
 
 def test_embedded_corpus_damaged(tmp_path, monkeypatch):
     damaged = tmp_path / "plays.txt.xz"
-    damaged.write_bytes(fetching.EMBEDDED.read_bytes()[:1000])
-    monkeypatch.setattr(fetching, "EMBEDDED", damaged)
+    damaged.write_bytes(preparing.EMBEDDED.read_bytes()[:1000])
+    monkeypatch.setattr(preparing, "EMBEDDED", damaged)
     with pytest.raises(DataError, match="part of the repository"):
-        fetching.corpus_text("plays", tmp_path)
+        preparing.corpus_text("plays", tmp_path)
