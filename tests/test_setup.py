@@ -100,7 +100,8 @@ def test_make_help_is_the_default_and_lists_the_commands():
 
 @pytest.mark.slow
 def test_a_kernel_that_cannot_be_built_fails_its_tests_and_is_skipped_only_without_a_compiler(tmp_path):
-    for path in [*ROOT.glob("eplib/**/*.py"), *ROOT.glob("eplib/kernels/*.cpp"), *(ROOT / f"pipelines/{name}.py" for name in ("__init__", "data", "fetching")),
+    for path in [*ROOT.glob("eplib/**/*.py"), *ROOT.glob("eplib/kernels/*.cpp"),
+                 *(ROOT / f"pipelines/{name}.py" for name in ("__init__", "data", "fetching")),
                  *(ROOT / f"tests/{name}.py" for name in ("conftest", "systems", "test_kernels"))]:
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
