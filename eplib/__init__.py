@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["gradient", "ep_loss", "__version__"]
+__all__ = ["gradient", "ep_loss", "load", "__version__"]
 
-_LAZY = {"gradient": "estimators", "ep_loss": "estimators"}
+_LAZY = {"gradient": "estimators", "ep_loss": "estimators", "load": "trained"}
 _MODULES = ("blocks", "calculus", "codecs", "controllers", "data", "diagnostics",
             "estimators", "evaluation", "families", "kernels", "log", "markup", "models", "plotting", "profiles",
-            "runconfig", "settings", "solvers", "sources", "spectra", "starts", "store", "tasks", "training")
+            "runconfig", "settings", "solvers", "sources", "spectra", "starts", "store", "tasks", "trained",
+            "training")
 
 
 def __getattr__(name: str) -> Any:

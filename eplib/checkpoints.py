@@ -1,4 +1,4 @@
-"""Checkpoints: tensors by part and name in one safetensors file, with a header of JSON."""
+"""Files of tensors with a header of JSON, in the format of safetensors: weights, and checkpoints of a training run."""
 
 import json
 from collections import defaultdict
@@ -16,19 +16,26 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Writes tensors, named part.name, and a header of JSON values."""
+    """Writes named tensors and a header of JSON values."""
+    # as one entry, because the format writes several in any order, and equal files are to be equal to the byte
     write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()},
-                                metadata={name: json.dumps(value) for name, value in header.items()}))
+                                metadata={"header": json.dumps(header)}))
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> tuple[Parts, dict[str, Any]]:
-    """The tensors by part, and the header. Raises ValueError for a file that is damaged."""
-    parts: Parts = defaultdict(dict)
+def read(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header. Raises FileNotFoundError, ValueError for a file that is damaged."""
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            for key in file.keys():  # noqa: SIM118  (the file itself is not iterable)
-                part, _, name = key.partition(".")
-                parts[part][name] = file.get_tensor(key)
-            return parts, {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118  (a file is not iterable)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the run starts from its first step") from error
+        raise ValueError(f"{path} is damaged ({error}); remove it, and have it written again") from error
+
+
+def by_part(tensors: dict[str, Tensor]) -> Parts:
+    """Tensors named part.name, by part; a part that is not there is empty."""
+    parts: Parts = defaultdict(dict)
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    return parts

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from . import checkpoints
@@ -21,12 +20,12 @@ from .controllers import KEPT
 from .diagnostics import agreement
 from .estimators import AsymEP, DyadicEP, Estimator, Report, asymmetry, at_state, gradient
 from .evaluation import EXCURSION, edges, evaluate, moved
-from .files import write_atomically
 from .kernels import available
 from .log import Bar, Progress, Value, show_on_terminal
 from .models import Backend, Transformer
 from .runconfig import Optimiser, RunConfig, build_model, build_task
 from .tasks import Mnist, Text
+from .trained import Trained
 from .updates import clipped, follow, gates, phases
 
 __all__ = ["EXCURSION", "Mnist", "Optimiser", "OutOfTime", "Progress", "RunConfig", "Text", "Trainer", "Transformer",
@@ -106,8 +105,7 @@ class Trainer:
             if self._evaluates(step):
                 self._evaluate(step)
             if step in self.config.keep or step == self.config.steps:
-                write_atomically(self.weights(step), save(self.average.state_dict()))
-                checkpoints.write(self.kept_state(step), self._tensors(), {"config": plain(self.config)})
+                self._keep(step)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save()
                 saved = time.monotonic()
@@ -197,6 +195,10 @@ class Trainer:
             {"step": step} | evaluate(self.average, self.task, solver, self.config.evaluation_batches, self.backend)
             | edges(self.average, self.task.batch(0)[0], solver, self.config.penalties))
 
+    def _keep(self, step: int) -> None:
+        Trained(self.config, step, self.average, self.task.signal, self.task.vocabulary).save(self.weights(step))
+        checkpoints.write(self.kept_state(step), self._tensors(), {"config": plain(self.config)})
+
     def _tensors(self) -> dict[str, Tensor]:
         """All that a step changes, but for what it has logged."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -222,7 +224,8 @@ class Trainer:
         checkpoints.write(self.checkpoint, self._tensors() | self.progress.tensors(), header)
 
     def _load(self) -> None:
-        parts, header = checkpoints.read(self.checkpoint, next(self.model.parameters()).device)
+        tensors, header = checkpoints.read(self.checkpoint, next(self.model.parameters()).device)
+        parts = checkpoints.by_part(tensors)
         if header.get("config") != plain(self.config):
             raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
         self._restore(parts)
@@ -231,9 +234,9 @@ class Trainer:
     def _begin(self, origin: Path | None) -> None:
         if origin is None:
             raise ValueError(f"{self.config.name} goes on from {self.config.branch}: give the state of that run as origin")
-        parts, _ = checkpoints.read(origin, next(self.model.parameters()).device)
+        tensors, _ = checkpoints.read(origin, next(self.model.parameters()).device)
         try:
-            self._restore(parts)
+            self._restore(checkpoints.by_part(tensors))
         except RuntimeError as error:
             raise ValueError(f"{self.config.name} cannot go on from {origin}, which is of another model: "
                              f"{str(error).splitlines()[-1].strip()}") from None

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from eplib import data, diagnostics, profiles
+import eplib
+from eplib import checkpoints, data, diagnostics, profiles
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
 from eplib.estimators import OneStep
 from eplib.runconfig import Branch
@@ -30,7 +32,7 @@ from eplib.store import formats, records
 from eplib.store.records import Run, Store, configurations
 from eplib.training import Optimiser, OutOfTime, RunConfig, Trainer
 from pipelines import horizon, train
-from test_training import REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
+from test_training import IMAGES, REPOSITORY, config, corpus, make_root, outcome  # noqa: F401  (corpus is a fixture)
 
 COMMON = """
       common:
@@ -535,6 +537,51 @@ def test_a_run_that_cannot_go_on_says_why(root, tmp_path):
     shutil.rmtree(store.checkpoints / "states")
     with pytest.raises(FileNotFoundError, match="there are: none like it"):
         run.extend(1)
+
+
+# --- what leaves the store
+
+@pytest.mark.parametrize("changes", [{}, IMAGES], ids=["text", "images"])
+def test_an_exported_model_works_without_data_and_store(changes, root, tmp_path):
+    store = Store("x", root)
+    run = store.run(config(**changes, keep=(2,)))
+    inputs = run.task().batch(0)[0][:2]
+    model, early = run.model(), run.model(2)
+    with torch.no_grad():
+        expected = model.predict(model.block.output(run.config.solver.settle(model.block, model.clamp(inputs)).value))
+    text = run.generate("The king", 12) if run.task().vocabulary else None
+    path = run.export(tmp_path / "shared" / "mine.safetensors")
+    run.export(tmp_path / "early.safetensors", step=2)
+    shutil.rmtree(root)
+    found = eplib.load(path)
+    assert found.config == run.config and found.step == run.config.steps
+    assert torch.equal(found.predict(inputs), expected) and not found.predict(inputs).requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(eplib.load(tmp_path / "early.safetensors").model.parameters(),
+                                                 early.parameters(), strict=True))
+    if text:
+        assert found.generate("The king", 12) == text and load_file(path).keys() == model.state_dict().keys()
+        with pytest.raises(data.DataError, match="cannot encode '€'"):
+            found.generate("€", 1)
+    else:
+        with pytest.raises(ValueError, match="was not trained on text"):
+            found.generate("The king", 1)
+
+
+def test_what_is_no_trained_model_is_refused_with_what_it_lacks(recorded, tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError):
+        eplib.load(path)
+    save_file({"readout.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"no trained model: its header lacks config, signal, step, vocabulary; Run.export"):
+        eplib.load(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"x.safetensors is damaged"):
+        eplib.load(path)
+    found = recorded[1].trained()
+    header = {"config": plain(found.config) | {"speed": 3}, "step": 2, "signal": plain(found.signal), "vocabulary": None}
+    checkpoints.write(path, found.model.state_dict(), header)
+    with pytest.raises(ConfigurationError, match="speed: Unexpected"):
+        eplib.load(path)
 
 
 # --- text

@@ -5,21 +5,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy
-import torch
-from safetensors.torch import load_file
 
 from ..diagnostics import agreement
 from ..estimators import BPTT, DyadicEP, gradient
 from ..files import write_atomically
-from ..models import LanguageModel, Model
+from ..models import Model
 from ..runconfig import Branch
 from ..solvers import Anderson, Relaxation
 from ..sources import source_digest
 from ..tasks import Dataset
-from ..training import RunConfig, build_model, build_task
+from ..trained import Trained, load
+from ..training import RunConfig, build_task
 from .formats import columns, to_json
 
 PROMPT = "The king"  # of the recorded samples of text
@@ -116,8 +115,8 @@ class Run:
         """What the run learned from. Raises `data.DataError` where it is not at the store's data."""
         return build_task(self.config, self.root / "data")
 
-    def model(self, step: int | None = None) -> Model:
-        """The evaluated weights after `step` updates (the last by default), in the run's model.
+    def trained(self, step: int | None = None) -> Trained:
+        """The evaluated weights after `step` updates (the last by default) in the run's model, with its vocabulary.
 
         Raises FileNotFoundError if they were not kept here: weights do not travel with a run's results.
         """
@@ -125,25 +124,20 @@ class Run:
         if not path.exists():
             raise FileNotFoundError(f"the weights of {self.config.name} after step {step or self.config.steps} are not at "
                                     f"{path}; train the run here, or add the step to its `keep`")
-        model = build_model(self.config, self.task().signal)
-        model.load_state_dict(load_file(path))
-        return model
+        return load(path)
+
+    def model(self, step: int | None = None) -> Model:
+        """The model of `trained`."""
+        return self.trained(step).model
+
+    def export(self, path: Path | str, step: int | None = None) -> Path:
+        """Writes what `trained` gives to one file, which `eplib.load` reads without the data and without this store."""
+        return self.trained(step).save(path)
 
     def generate(self, prompt: str = PROMPT, tokens: int = 200, temperature: float = 0.8, seed: int = 0,
                  step: int | None = None, *, top_k: int | None = None) -> str:
-        """`prompt` and `tokens` more, drawn from the weights after `step` updates under the run's own solver; temperature and
-        top_k as in `LanguageModel.generate`.
-
-        Raises FileNotFoundError without weights here, `data.DataError` for a character that the run never trained on,
-        ValueError for a run on images.
-        """
-        vocabulary = self.task().vocabulary
-        if vocabulary is None:
-            raise ValueError(f"{self.config.name} was trained on images, and only a text can be continued")
-        model = cast(LanguageModel, self.model(step))
-        ids = model.generate(torch.tensor(vocabulary.encode(prompt)), tokens, self.config.solver, temperature,
-                             torch.Generator().manual_seed(seed), top_k=top_k)
-        return vocabulary.decode(ids.tolist())
+        """`Trained.generate` of the weights after `step` updates. Raises FileNotFoundError without weights here."""
+        return self.trained(step).generate(prompt, tokens, temperature, seed, top_k=top_k)
 
     def extend(self, steps: int, **how: Any) -> "Run":
         """The run that goes on from here for `steps` updates more, with weights, moments and carried state; of the experiment
