@@ -54,7 +54,7 @@ assert all(torch.allclose(parameter.grad - before[name], report.grads[name] / 4,
     "run.generate(": """
 assert run.curve["loss"].shape == (2,) and run.metrics["final"]["loss"] > 0 and run.config.estimator.kind == "DyadicEP"
 said = run.generate("The king", tokens=20)
-assert said.startswith("The king") and len(said) == 28
+assert said.startswith("The king") and len(said) == 28 and eplib.load("mine.safetensors").generate("The king", 20) == said
 """}
 
 
