@@ -219,10 +219,10 @@ def test_recorded_runs_and_pruning(root):
 def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     values = {1: (math.nan, -math.inf, 1.5), "b": [np.float32(2), np.int64(3), np.float64("nan"), None, True, "x"]}
     assert formats.finite(values) == {"1": [None, None, 1.5], "b": [2.0, 3, None, None, True, "x"]}
-    path = records.save_result("x", "tiny", "table", {"rows": [[math.nan, "é"]]}, tmp_path)
+    path = records.save_result("x", "tiny", "table", {"rows": [[math.nan, "é"]]}, tmp_path).path
     assert path == tmp_path / "results" / "x" / "tiny" / "table.json"
     assert json.loads(path.read_text()) == {"rows": [[None, "é"]]} and path.read_text().endswith("}\n")
-    machine = json.loads(records.save_machine("x", "cost", {"seconds": 1.0}, tmp_path).read_text())
+    machine = json.loads(records.save_machine("x", "cost", {"seconds": 1.0}, tmp_path).path.read_text())
     assert machine["seconds"] == 1.0 and machine["machine"]["threads"] >= 1
     assert list(tmp_path.rglob("*.partial")) == []
 
