@@ -1,11 +1,12 @@
 """What is said of a crossing: one mode's value and frequency, every run, and no verdict from what was not measured."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eplib import stability
+from eplib.experiments import stability
 
 
 def config(seed=0, lr=8e-3, width=64, context=64, steps=600, step=0.5):
@@ -82,3 +83,32 @@ def test_an_evaluation_whose_phase_diverged_has_no_spectrum_and_is_said():
     assert np.isnan(stability.rightmost(gone).abscissa)
     found = stability.crossing([whole, broken, gone])
     assert found["value"] == -0.2 and "in 2 of 3 runs the phase diverged" in found["undecided"]
+
+
+def trained(arm, penalties=("rate",), *, lr=1e-3, seed=0, block="Thick", loss=1.0, excursions=0):
+    settings = SimpleNamespace(arm=arm, seed=seed, steps=100, penalties=penalties, optimiser=SimpleNamespace(lr=lr),
+                               model=SimpleNamespace(block=block), solver=SimpleNamespace(step=0.5))
+    return SimpleNamespace(config=settings, metrics={"final": {"loss": loss}, "excursions": excursions})
+
+
+def test_an_arm_appears_in_each_group_and_among_the_runs_of_e3_that_are_held_in_the_same_way():
+    mine, other = trained("rate_pair"), trained("norm", ("norm",))
+    same, elsewhere, free = trained("ep_plane"), trained("ep_plane", block="Thin"), trained("ep", ())
+    groups = stability.Groups([mine, other, trained("uncontrolled", ())], [other], [mine], [same, elsewhere, free])
+    assert groups.appearances("rate_pair") == {"stability": [mine], "robustness": [], "tuning": [mine], "shakespeare": [same]}
+    assert groups.everywhere("norm") == [other, other]
+    assert groups.appearances("uncontrolled")["shakespeare"] == []  # what holds nothing is not held in the same way
+
+
+def test_the_gap_is_taken_at_the_best_learning_rate_without_an_excursion():
+    runs = [trained("rate_pair", lr=rate, seed=seed, loss=loss, excursions=lost) for seed in (0, 1)
+            for rate, loss, lost in ((1e-3, 2.0, 0), (2e-3, 1.8, 0), (4e-3, 1.5, seed))]
+    rivals = [*runs, trained("backprop", (), loss=1.9)]
+    groups = stability.Groups([], [], [*rivals, trained("norm")], [])
+    assert groups.rivals == rivals
+    assert {arm: some[0].config.optimiser.lr for arm, some in groups.tuned.items()} == {"rate_pair": 2e-3, "backprop": 1e-3}
+
+
+def test_a_standard_error_leaves_out_what_is_not_finite():
+    assert stability.standard_error([1.0, 3.0, None, math.nan]) == pytest.approx(1.0)  # a deviation of sqrt(2), of two values
+    assert stability.standard_error([1.0, None]) is None
