@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..estimators import BACKWARD, LINEARISATION, PRODUCT, Problem
+from ..estimators import BACKWARD, LINEARISATION, PRODUCT, Problem, lanes
 from ..families import Family
 from ..solvers import norm
 
@@ -37,8 +37,7 @@ class Penalty(Family):
 
 def gradient(problem: Problem, cost: float, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float, float]:
     """Gradient of total() in the block's weights that are trained, its value, and what both cost where total() costs `cost`."""
-    inside = {id(value) for value in problem.model.block.parameters()}
-    trained = {name: value for name, value in problem.model.named_parameters() if id(value) in inside and value.requires_grad}
+    trained = problem.weights
     with torch.set_grad_enabled(bool(trained)):
         value = total()
         if not value.requires_grad:
@@ -56,10 +55,6 @@ def of_samples(problem: Problem, above: Tensor, products: int, excess: Callable[
     cost = (LINEARISATION + products * PRODUCT) * above.double().mean().item()
     return gradient(problem, cost, lambda: strength * excess(problem.model.block.linearise(
         problem.state[above], problem.x[above])).square().sum() / len(above))
-
-
-def lanes(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(*values.shape, *(1,) * (like.dim() - values.dim()))
 
 
 def unit(a: Tensor, tokens: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from .dyadic import DyadicEP
 from .entry import second_phase
 from .holomorphic import HolomorphicEP
 from .horizons import BPTT, Backprop, FiniteHorizon, ForwardMode
-from .nudged import contrast, real_points
+from .nudged import contrast, lanes, real_points
 from .problem import DerivativeError, Problem, trained
 from .propagation import AsymEP, VectorField
 from .report import GradientError, Report, finite, summed
@@ -32,4 +32,4 @@ __all__ = ["BACKWARD", "BPTT", "FORCE", "LINEARISATION", "PRODUCT", "Adjoint", "
            "ByAdjoint", "DerivativeError", "DyadicEP", "Estimator", "FeedbackAlignment", "FiniteHorizon", "FlippedCorrection",
            "ForwardMode", "GradientError", "HolomorphicEP", "Implicit", "OneStep", "Problem", "Report", "ShuffledNudge",
            "Steps", "Tracking", "VectorField", "asymmetric", "asymmetry", "at_state", "contrast", "ep_loss", "finite",
-           "gradient", "linear_response", "real_points", "second_phase", "summed", "trained"]
+           "gradient", "lanes", "linear_response", "real_points", "second_phase", "summed", "trained"]

@@ -47,7 +47,7 @@ class HolomorphicEP(ByAdjoint):
         assert found.phase is not None  # a contrast has one
         states, tiny = found.phase.value, torch.finfo(dtype).tiny
         moved = torch.stack([norm(one) for one in (states - state.unsqueeze(1)).unbind(1)]).amax(0).clamp_min(tiny)
-        mean = (lanes(double.to(state)[None], state) * states.real).sum(1) / self.points
+        mean = (lanes(double.to(state)[None], states) * states.real).sum(1) / self.points
         leak = norm(torch.cat([states[:, 0].imag, states[:, half].imag], 1))
         return replace(found, measured={"aliasing": (norm(mean - state) / moved).max().item(),
                                         "imaginary_leakage": (leak / moved).max().item()})

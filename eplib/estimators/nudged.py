@@ -36,8 +36,8 @@ def real_points(problem: Problem, beta: float, nudging: Nudging = "symmetric") -
 
 
 def lanes(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B, K) as factors of states (B, K, ...)."""
-    return values.view(*values.shape, *(1,) * (like.dim() - 1))
+    """Values (B) or (B, K) as factors of states (B, ...) or (B, K, ...)."""
+    return values.view(*values.shape, *(1,) * (like.dim() - values.dim()))
 
 
 def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, correction: Callable[[Tensor], Tensor] | None,
@@ -53,7 +53,8 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
     """
     spacing = torch.finfo(problem.state.dtype).eps * norm(problem.state) * weights.abs().sum(1)
     unit = torch.maximum(problem.scale, ROUNDING * spacing)
-    factors, shares = lanes(nudges, problem.state), lanes(weights, problem.state)
+    centre = problem.state.unsqueeze(1)
+    factors, shares = lanes(nudges, centre), lanes(weights, centre)
 
     def combined(states: Tensor) -> Tensor:
         total = (shares * states).sum(1)
@@ -68,7 +69,7 @@ def contrast(problem: Problem, nudges: Tensor, weights: Tensor, solver: Solver, 
         phase = Rounds(problem, problem.dynamics, solver, factors, allowed, held, response).solve(residual)
     else:
         phase = _relaxed(problem, solver, factors, correction, cost, response, residual)
-    away = phase.value - problem.state.unsqueeze(1)
+    away = phase.value - centre
     displacement = torch.stack([norm(one) for one in away.unbind(1)]).amax(0) / norm(problem.state)
     return Adjoint(-combined(away), phase, displacement, phase.evaluations)
 

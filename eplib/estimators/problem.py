@@ -54,6 +54,12 @@ class Problem:
         if self.dynamics is None:
             object.__setattr__(self, "dynamics", self.model.block)
 
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The block's parameters that require a gradient, by the model's names."""
+        inside = {id(value) for value in self.model.block.parameters()}
+        return {name: value for name, value in trained(self.model).items() if id(value) in inside}
+
     def force(self, z: Tensor) -> Tensor:
         """F(z) for states (B, ...) or for several per sample, (B, K, ...)."""
         return self.dynamics(z, self._lift(z))
@@ -165,8 +171,7 @@ class Problem:
 
     def _refuse_lost(self, names: Iterable[str]) -> None:
         """Raises `DerivativeError` where the force, says autograd, depends on a weight of these names."""
-        inside = {id(value) for value in self.model.block.parameters()}
-        left = {name: value for name, value in trained(self.model).items() if name in names and id(value) in inside}
+        left = {name: value for name, value in self.weights.items() if name in names}
         if not left:
             return
         with torch.enable_grad():
