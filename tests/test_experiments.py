@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eplib import verdicts
-from eplib.experiments import mnist, seeds
+from eplib.experiments import architectures, mnist, seeds
 from eplib.store.comparisons import compare
 
 
@@ -107,3 +107,24 @@ def test_the_summary_counts_excursions_of_runs_that_follow_the_gradient_and_verd
     assert (found["excursions"], found["excursions_controls"]) == (3, 5)
     assert (found["claims_held"], found["claims_failed"], found["claims_open"]) == (2, 0, 1)
     assert found["ep_accuracy"]["mean"] == 91.0 and found["ep_minus_bp"]["n"] == 0
+
+
+def layered(arm: str, losses: list[float], seed: int = 0):
+    """A run of E3's architectures whose log has windows of two steps."""
+    config = SimpleNamespace(arm=arm, seed=seed)
+    return SimpleNamespace(config=config, log={"step": 2 * np.arange(1, len(losses) + 1), "loss_last": np.array(losses)})
+
+
+@pytest.mark.parametrize(("losses", "steps"), [([2.0, 1.0, 0.5], 6), ([2.0, 1.1, 0.5], 2), ([2.1, 1.0, 0.5], 0)])
+def test_two_runs_are_the_same_up_to_the_first_window_in_which_their_losses_differ(losses, steps):
+    arms = {"layered_backprop": [layered("layered_backprop", [2.0, 1.0, 0.5])],
+            "layered": [layered("layered", losses), layered("layered", [9.0, 9.0, 9.0], seed=1)]}
+    [gap] = architectures.apart(arms, "layered")  # the run of seed 1 has no twin
+    assert architectures.same_steps(gap, architectures.logged(arms)) == steps
+    assert architectures.apart({"layered": arms["layered"]}, "layered") == [] and not len(architectures.logged({}))
+
+
+@pytest.mark.parametrize(("low", "high", "n", "words"), [(-5e-4, 4e-4, 3, "same network"), (-5e-4, 2e-3, 3, "not within"),
+                                                         (None, None, 2, "too few seeds")])
+def test_layered_is_its_twin_only_where_the_whole_interval_says_so(low, high, n, words):
+    assert words in architectures.reading({"mean": 1e-4, "low": low, "high": high, "n": n})

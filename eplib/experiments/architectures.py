@@ -1,0 +1,63 @@
+"""E3, architectures: how far Layered by EP and its twin by backpropagation are apart, and the summary of the notebook."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..store import tables
+from ..store.comparisons import excursions, spread
+from ..store.runs import Run
+
+TWIN = "layered_backprop"
+SAME = 1e-5  # nats: a difference of the training loss below it is that of round-off
+Arms = dict[str, list[Run]]
+
+
+def apart(arms: Arms, arm: str) -> list[np.ndarray]:
+    """For each run of an arm with a twin of its seed, how far apart their training losses are at the last step of each window
+    of the log (windows,)."""
+    taught = {run.config.seed: run.log["loss_last"] for run in arms.get(TWIN, ())}
+    return [abs(run.log["loss_last"] - taught[run.config.seed]) for run in arms.get(arm, ()) if run.config.seed in taught]
+
+
+def logged(arms: Arms) -> np.ndarray:
+    """The last step of each window of the twins' logs (windows,), none without a twin."""
+    return next((run.log["step"] for run in arms.get(TWIN, ())), np.array([], dtype=int))
+
+
+def same_steps(gap: np.ndarray, steps: np.ndarray) -> int:
+    """The number of steps over which two runs are the same, by what is logged of them."""
+    differ = np.flatnonzero(gap > SAME)
+    return int(steps[-1]) if not len(differ) else int(steps[differ[0] - 1]) if differ[0] else 0
+
+
+def summary(arms: Arms, runs: Iterable[Run], absent: list[str], steps: int) -> dict[str, Any]:
+    """What the paper's text and claims read; `absent` are the arms without a finished run, `steps` the budget of each."""
+    runs, at = list(runs), logged(arms)
+    twin = tables.paired(arms, "layered", TWIN)
+    spreads = [found for arm in ("layered", TWIN) if (found := spread(arms, arm)) is not None]
+    # the standard error that the mean difference would have if the two arms shared no seed
+    independent = float(np.hypot(spreads[0], spreads[1])) / twin["n"] ** 0.5 if len(spreads) == 2 and twin["n"] else None
+    scaled = None if independent is None else twin | {
+        name: twin[name] / independent for name in ("mean", "low", "high") if twin[name] is not None}
+    layers: list[Any] = [run.config.model for run in arms.get("layered", ())]
+    return {
+        "layered_minus_twin": twin, "layered_seed_error": independent, "layered_over_seed_error": scaled,
+        "layered_bptt_minus_twin": tables.paired(arms, "layered_bptt", TWIN),
+        "layered_compared_every": int(at[0]) if len(at) else 1,
+        "layered_same_steps": min((same_steps(gap, at) for gap in apart(arms, "layered")), default=None),
+        **{arm: tables.final(arms, arm) for arm in ("thick", "thin", "energy", "monotone", "attractor")},
+        "attractor_minus_twin": tables.paired(arms, "attractor", TWIN),
+        "attractor_solver_removed": next((run.metrics.get("solver_removed") for run in arms.get("attractor", ())), None),
+        "excursions": excursions(runs, absent), "steps": steps,
+        "thin_excursions": excursions(run for run in runs if run.config.arm == "thin"),
+        "layered_sweeps": max((model.block.layers for model in layers), default=None)}
+
+
+def reading(twin: dict[str, Any]) -> str:
+    """What the difference between Layered by EP and its twin says, in words."""
+    within = twin["n"] >= 3 and max(abs(twin["low"]), abs(twin["high"])) < 1e-3
+    return f"Layered by EP ends {abs(twin['mean']):.1e} nats from its twin by backpropagation: " + (
+        "the same network by another rule." if within else "too few seeds to say more." if twin["n"] < 3
+        else "not within 1e-3 over these seeds, as of runs that round-off has parted.")
