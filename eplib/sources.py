@@ -21,13 +21,16 @@ TRAINING = f"{PACKAGE}.training"  # what every run is computed by
 
 def source_digest(config: Any) -> str:
     """Digest of the source that the numbers of a run of this configuration depend on; comments and docstrings do not count."""
-    used = set(_classes(config))
-    ours = {one.__module__ for one in used if _is_ours(one.__module__)}
-    foreign = sorted({_foreign(one) for one in used if not _is_ours(one.__module__)})
-    named = {name for text in foreign for name in names(ast.parse(text), "")}
-    texts = [*map(_text, closure({TRAINING, *ours, *named})), *map(without_comments, foreign)]
+    texts = [*map(_text, modules_of(config)), *map(without_comments, _foreign_texts(config))]
     kernels = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.rglob("*.cpp"))]
     return sha256("\n".join(texts + kernels).encode()).hexdigest()[:12]
+
+
+def modules_of(config: Any) -> list[str]:
+    """The modules of eplib that a run of this configuration depends on, sorted."""
+    ours = {one.__module__ for one in _classes(config) if _is_ours(one.__module__)}
+    named = {name for text in _foreign_texts(config) for name in names(ast.parse(text), "")}
+    return closure({TRAINING, *ours, *named})
 
 
 def closure(start: Iterable[str]) -> list[str]:
@@ -93,6 +96,10 @@ def _classes(value: Any) -> Iterator[type]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _classes(item)
+
+
+def _foreign_texts(config: Any) -> list[str]:
+    return sorted({_foreign(one) for one in _classes(config) if not _is_ours(one.__module__)})
 
 
 def _is_ours(name: str) -> bool:

@@ -1,7 +1,9 @@
 """Which source a run's numbers depend on: what trains, and the classes that its configuration uses."""
 
 import ast
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from eplib import blocks, controllers, estimators, sources
-from eplib.config import parse
-from eplib.training import RunConfig, Text, Transformer
+from eplib.config import parse, plain
+from eplib.training import RunConfig, Text, Trainer, Transformer
 from pipelines import imports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -117,3 +119,39 @@ def test_imports_for_the_type_checker_compute_nothing_and_a_package_is_seen_thro
     found = sources.names(ast.parse(text), "eplib")
     assert "eplib.plotting.use" not in found and {sources._module_of(name) for name in found} == {
         None, "eplib.controllers.norms", "eplib.controllers.mode", "eplib.spectra"}
+
+
+ALONE = """
+import sys
+from eplib.config import parse, plain
+from eplib.runconfig import RunConfig
+from eplib.training import Trainer
+
+config = parse(RunConfig, {config!r}, "x")
+print(Trainer(config, "run").advance(show=lambda line: None).curve[-1]["loss"])
+print(sys.modules["eplib"].__file__)
+"""
+
+
+def test_a_run_trains_alike_where_there_is_no_other_source(tmp_path):
+    """What is left out of the digest decides nothing: without it the run has the same loss."""
+    (tmp_path / "own.txt").write_text("".join(f"{number} foxes and a tall oak.\n" for number in range(60, 200)))
+    config = replace(CONFIG, data=Text(path=str(tmp_path / "own.txt")), penalties=(controllers.Homeostasis(),), batch=2,
+                     model=replace(CONFIG.model, width=16))
+    kept = {sources._file(module) for module in sources.modules_of(config)}
+    shutil.copytree(sources.FOLDER, tmp_path / "eplib", ignore=shutil.ignore_patterns("__pycache__", "build"))
+    for path in (tmp_path / "eplib").rglob("*.py"):
+        if path.name != "__init__.py" and sources.FOLDER / path.relative_to(tmp_path / "eplib") not in kept:
+            path.unlink()
+    for index in (tmp_path / "eplib").rglob("__init__.py"):  # which then lists less
+        tree = ast.parse(index.read_text())
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.level == 1)
+                     or any((index.parent / f"{node.module}{end}").exists() for end in (".py", "/__init__.py"))]
+        index.write_text(ast.unparse(tree))
+    done = subprocess.run([sys.executable, "-P", "-c", ALONE.format(config=plain(config))], cwd=tmp_path, text=True,
+                          capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, there = done.stdout.split()
+    whole = Trainer(config, tmp_path / "whole").advance(show=lambda _: None).curve[-1]["loss"]
+    assert float(alone) == pytest.approx(whole, rel=1e-6) and there == str(tmp_path / "eplib" / "__init__.py")
+    assert len(list((tmp_path / "eplib").rglob("*.py"))) < 0.9 * len(list(sources.FOLDER.rglob("*.py")))
