@@ -1,5 +1,6 @@
 """What solvers, estimators and controllers ask of whatever computes a block: PyTorch, or the compiled kernel."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -65,3 +66,18 @@ class LinearInKernel(Linearisation, Protocol):
     def transposed_and_contracted(self, u: Tensor, /) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """J^T u, and what `contract` gives for u, by one pass."""
         ...
+
+
+@runtime_checkable
+class Projected(Protocol):
+    """Dynamics whose states are held in a set, a box say. The force is to be zero where it holds them, and to take the loss's
+    pull inside (`nudged`), as `blocks.FromEnergy` does: a residual counts what the force says."""
+
+    def project(self, z: Tensor, /) -> Tensor:
+        """The state of the set that is nearest to z, (B, ...) or (B, K, ...)."""
+        ...
+
+
+def projection(dynamics: Any) -> Callable[[Tensor], Tensor] | None:
+    """What holds the states of these dynamics in their set, if anything does."""
+    return dynamics.project if isinstance(dynamics, Projected) else None

@@ -23,19 +23,19 @@ class Hopfield(blocks.FromEnergy):
 
     def __init__(self, *sizes):
         super().__init__()
-        self.sizes = sizes[1:]
+        self.layers = blocks.Packed(*((size,) for size in sizes[1:]))
         self.links = nn.ModuleList(nn.Linear(below, above) for below, above in itertools.pairwise(sizes))
 
     def start(self, x):
-        return torch.full((*x.shape[:-1], sum(self.sizes)), 0.1).to(x)
+        return self.layers.zeros(x) + 0.1
 
     def energy(self, z, x):
-        layers = z.split(self.sizes, -1)
+        layers = self.layers.split(z)
         drives = (link(below) for link, below in zip(self.links, (x, *layers), strict=False))
         return z.square().sum(-1) / 2 - sum((s * drive).sum(-1) for s, drive in zip(layers, drives, strict=True))
 
     def output(self, z):
-        return z[..., -self.sizes[-1]:]
+        return self.layers.split(z)[-1]
 
 
 class Network(Model):
@@ -237,3 +237,42 @@ def test_a_slope_by_autograd_that_loses_its_graph_is_refused_with_what_to_do(way
     model, (inputs, targets) = Sloped(way), batch()
     with pytest.raises(TypeError, match=f"the force of Slope .*{says}.*torch.func.grad.*FromEnergy"):
         eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT)
+
+
+def test_several_tensors_are_one_state_and_its_parts_are_views_of_it():
+    layers = blocks.Packed((2, 3), (4,))
+    z = layers.zeros(torch.ones(5, 7))
+    assert layers.size == 10 and z.shape == (5, 10) and not z.any()
+    many = torch.arange(60.0).view(2, 3, 10)  # several states of a sample
+    image, line = layers.split(many)
+    assert image.shape == (2, 3, 2, 3) and line.shape == (2, 3, 4)
+    assert torch.equal(layers.join(image, line), many)
+    line.add_(1)
+    assert torch.equal(many[..., 6:], line)
+    with pytest.raises(ValueError, match=r"does not hold tensors \[\(2, 3\), \(4,\)\], which are 10 numbers"):
+        layers.split(torch.zeros(5, 9))
+    for parts in ((image,), (line, image), (image, line, line)):
+        with pytest.raises(ValueError, match="do not end in"):
+            layers.join(*parts)
+
+
+@pytest.mark.parametrize("solver", [solvers.Relaxation(step=1.2, tol=1e-9), solvers.Anderson(step=0.9, tol=1e-9)],
+                         ids=lambda solver: solver.kind)
+def test_a_solver_puts_every_state_into_the_box(solver, monkeypatch):
+    """Steps above 1, and accelerated ones, would leave it, where the energy of a network may be another or none."""
+    torch.manual_seed(0)
+    network, forward = Network(7, 6, 5, 3).double(), Hopfield.forward
+    for link, scale in zip(network.block.links, (1.5, 0.1, 0.1), strict=True):  # units reach their bounds, without oscillating
+        nn.init.normal_(link.weight, std=scale)
+    seen = []
+    monkeypatch.setattr(Hopfield, "forward", lambda self, z, x: seen.append(z) or forward(self, z, x))
+
+    def farthest():
+        return max(max((-z).max().item(), (z - 1).max().item()) for z in seen)
+
+    found, truth = network.settle(batch()[0], solver), network.settle(batch()[0], solvers.Relaxation(max_steps=999, tol=1e-10))
+    assert found.status is solvers.Status.CONVERGED and torch.allclose(found.value, truth.value, atol=1e-7)
+    assert farthest() <= 0
+    monkeypatch.setattr(solvers.base, "projection", lambda block: None)
+    network.settle(batch()[0], solver)
+    assert farthest() > 1e-4  # else this shows nothing

@@ -27,9 +27,10 @@ from .given import FromEnergy
 from .layered import Feedforward, FeedforwardBlock, Layered, LayeredBlock
 from .linear import LinearAttention
 from .monotone import Monotone, MonotoneBlock
+from .packed import Packed
 from .thick import EquilibriumBlock, Thick
 from .thin import Thin, ThinBlock
 
 __all__ = ["Attractor", "AttractorBlock", "Block", "Dynamical", "Energy", "EnergyBlock", "EquilibriumBlock", "Feedforward",
            "FeedforwardBlock", "FromEnergy", "Jacobian", "Layered", "LayeredBlock", "LinearAttention", "Monotone",
-           "MonotoneBlock", "Thick", "Thin", "ThinBlock"]
+           "MonotoneBlock", "Packed", "Thick", "Thin", "ThinBlock"]

@@ -15,6 +15,8 @@ class FromEnergy(Dynamical, ABC):
     no slope along any free unit and pushes every other unit against its bound: the first-order conditions of the minimum of E
     in the box (projected gradient flow; the hard-sigmoid Hopfield network of Scellier & Bengio 2017 is one).
 
+    A solver puts each state that it moves to into the box (`project`), an accelerated one too.
+
     The pull of the loss is taken inside the box (`nudged`), so that the nudged phase is the same flow of E + beta l, and plain
     EP, `estimators.VectorField`, is exact, with units at their bounds as well. With H the Hessian of E, A the free units and S
     those held at a bound (pushed against it, not just touching), J = dF/dz has the rows J_A = -(H_AA, H_AS) and J_S = (0, -1):
@@ -51,10 +53,14 @@ class FromEnergy(Dynamical, ABC):
         """The force of E + beta l, pull being beta dl/dz."""
         return self._projected(z, self.slope(z, x) + pull)
 
-    def _projected(self, z: Tensor, slope: Tensor) -> Tensor:
+    def project(self, z: Tensor) -> Tensor:
+        """The nearest state of the box. Raises ValueError for a box without an inside."""
         if self.box is None:
-            return -slope
+            return z
         low, high = self.box
         if not low < high:
             raise ValueError(f"the box of {type(self).__name__} is {self.box}; its first number is to be below its second")
-        return (z - slope).clamp(low, high) - z
+        return z.clamp(low, high)
+
+    def _projected(self, z: Tensor, slope: Tensor) -> Tensor:
+        return -slope if self.box is None else self.project(z - slope) - z

@@ -8,6 +8,7 @@ from ..calculus import (
     Sublayers,
 )
 from ..config import configuration
+from ..dynamics import projection
 from ..intact import alteration
 from .base import Block, Damping, Dynamical, Jacobian, Positive, Scale
 
@@ -36,7 +37,9 @@ class EquilibriumBlock(Dynamical):
 
     def prefix(self) -> Prefix | None:
         whole = type(self).output is not Dynamical.output or "output" in vars(self)  # may read out several tokens together
-        return None if whole or self.altered() is not None or not self.layers.causal else Prefix(self.layers, 1 + self.damping)
+        if whole or projection(self) or self.altered() is not None or not self.layers.causal:
+            return None
+        return Prefix(self.layers, 1 + self.damping)
 
 
 @configuration

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import configuration
-from ..dynamics import InKernel
+from ..dynamics import InKernel, projection
 from ..models import Model
 from ..solvers import Solution, Solver, Status, norm, relative_force
 from .base import BACKWARD, FORCE, Estimator, Steps
@@ -82,13 +82,12 @@ class BPTT(FiniteHorizon):
         return -1 if self.window is None else self.steps - self.window
 
     def unroll(self, model: Model, x: Tensor, solver: Solver) -> Tensor:
-        z = model.block.start(x)
-        with torch.no_grad():
-            for _ in range(self._before):
+        z, project, graph = model.block.start(x), projection(model.block), torch.is_grad_enabled()
+        for count in range(self.steps):
+            with torch.set_grad_enabled(graph and count >= self._before):
+                z = z.detach() if count == self._before else z
                 z = z + solver.step * model.block(z, x)
-        z = z if self._before < 0 else z.detach()
-        for _ in range(max(0, self._before), self.steps):
-            z = z + solver.step * model.block(z, x)
+                z = z if project is None else project(z)
         return z
 
     def differentiate(self, batch: Batch, solver: Solver) -> Unrolled:

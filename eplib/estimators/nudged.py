@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dynamics import InKernel, LinearInKernel
+from ..dynamics import InKernel, LinearInKernel, projection
 from ..solvers import Solution, Solver, norm
 from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, asymmetric
 from .problem import Problem
@@ -87,7 +87,8 @@ def _relaxed(problem: Problem, solver: Solver, factors: Tensor, correction: Call
     start = centre.repeat_interleave(factors.shape[1], 1).to(factors.dtype)
     if response is not None:
         start = start - factors * response.unsqueeze(1)
-    phase = solver.solve(force, start, residual)
+    # a correction pushes what the set holds as well, and settles there outside of it
+    phase = solver.solve(force, start, residual, project=projection(problem.dynamics) if correction is None else None)
     return replace(phase, evaluations=phase.evaluations * cost + FORCE * alone)
 
 

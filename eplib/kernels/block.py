@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..blocks import Dynamical, EquilibriumBlock
 from ..calculus import Sublayers, writes
+from ..dynamics import projection
 from ..intact import bare
 from ..solvers import Solution, Solver
 from .compile import KernelError, library
@@ -24,6 +25,8 @@ def unknown(block: Any) -> str | None:
         return reason
     if type(block).start is not Dynamical.start or "start" in vars(block):
         return "it has its own start"
+    if projection(block):
+        return "it holds its states in a set, by `project`"
     layers = block.layers
     if layers.qk_norm:
         return "qk_norm"
