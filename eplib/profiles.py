@@ -1,12 +1,12 @@
 """Profiles: which runs an experiment consists of, from pipelines/profiles/<profile>.yaml."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from . import settings
-from .config import ConfigurationError, parse
+from .config import ConfigurationError, digest, parse, sparse
 from .settings import ROOT
 from .training import RunConfig
 
@@ -22,8 +22,8 @@ def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[Run
 
     An experiment is a list of families {common, arms: {arm: changes}, over: {dotted.key: [values]}}: every arm is the common
     configuration with its changes (label, colour and line are no part of it), once for each combination of the values in
-    `over`. The modules that the profile names as `plugins` are imported first. Raises `ConfigurationError` for an experiment
-    that no profile has, with those there are.
+    `over`. `branch: {run: ARM}` goes on from the run of the same seed of an arm above. The modules that the profile names as
+    `plugins` are imported first. Raises `ConfigurationError` for an experiment that no profile has, with those there are.
     """
     settings.import_plugins(profile, root, ConfigurationError)
     groups = load_profile(profile, root).get("runs") or {}
@@ -35,7 +35,7 @@ def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[Run
                                      f"{', '.join(sorted(known - groups.keys())) or 'no more'}")
     name, found = settings.name_of(profile), list[RunConfig]()
     for family in groups.get(experiment) or []:
-        for config in _members(family, experiment, f"{name}.yaml, runs.{experiment}"):
+        for config in _members(family, experiment, f"{name}.yaml, runs.{experiment}", found):
             if config in found:
                 raise ConfigurationError(f"{name}.yaml, runs.{experiment}, arm {config.arm}: {config.name} is named twice "
                                          "with the same configuration; remove one")
@@ -43,7 +43,7 @@ def configurations(profile: str, experiment: str, root: Path = ROOT) -> list[Run
     return found
 
 
-def _members(family: Any, experiment: str, where: str) -> Iterator[RunConfig]:
+def _members(family: Any, experiment: str, where: str, above: Sequence[RunConfig]) -> Iterator[RunConfig]:
     unknown = set(_mapping(family, where)) - {"common", "arms", "over"}
     if unknown:
         raise ConfigurationError(f"{where}: unknown key {', '.join(sorted(unknown))}; a family has common, arms and over")
@@ -61,7 +61,25 @@ def _members(family: Any, experiment: str, where: str) -> Iterator[RunConfig]:
             merged = arm_only
             for key, value in zip(over, values, strict=True):
                 merged = _merge(merged, _nest(key, value))
-            yield parse(RunConfig, merged, f"{where}, arm {arm}")
+            yield parse(RunConfig, _branched(merged, above, f"{where}, arm {arm}"), f"{where}, arm {arm}")
+
+
+def _branched(values: dict, above: Sequence[RunConfig], where: str) -> dict:
+    """The values with the arm that they branch from replaced by its run of the same seed, one of those `above`."""
+    branch = values.get("branch")
+    if not isinstance(branch, dict) or "/" in str(branch.get("run")):
+        return values
+    origins = [config for config in above if config.arm == branch.get("run") and config.seed == values.get("seed", 0)
+               and config.branch is None]
+    if len(origins) != 1:
+        raise ConfigurationError(f"{where}, branch.run: got {branch.get('run')!r}, an arm of which the families above have "
+                                 f"{len(origins)} runs of this seed; name one that has one, or a run, experiment/name-digest")
+    return values | {"branch": branch | {"run": f"{origins[0].experiment}/{run_folder(origins[0])}"}}
+
+
+def run_folder(config: RunConfig) -> str:
+    """The name of a run's folder in the store."""
+    return f"{config.name}-{digest(sparse(config))}"
 
 
 def _mapping(value: Any, where: str) -> dict:

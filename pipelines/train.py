@@ -28,7 +28,7 @@ import torch
 from eplib.config import ConfigurationError
 from eplib.kernels import available
 from eplib.models import Backend
-from eplib.profiles import ROOT, configurations, load_profile
+from eplib.profiles import ROOT, configurations, load_profile, run_folder
 from eplib.store.leases import Held, Lost
 from eplib.store.records import Store
 from eplib.training import OutOfTime, RunConfig
@@ -143,24 +143,33 @@ class Agenda:
     killed: set[str] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
     looked: float = -math.inf
+    given: list[RunConfig] = field(default_factory=list)
 
     def next(self) -> RunConfig | None:
-        """The next run that no other process trains, or None; those that another has recorded meanwhile are done."""
+        """The next run that no other process trains and that goes on from none that is still to come, or None; those that
+        another has recorded meanwhile are done."""
         if time.monotonic() - self.looked < BUSY_SECONDS:
             return None
         for config in list(self.waiting):
             if self.store.find(config):
                 self.waiting.remove(config)
                 self.finished(config, "done by another command")
-            elif not self.store.holder(config):
+            elif not self.store.holder(config) and not self._awaits(config):
                 self.waiting.remove(config)
+                self.given.append(config)
                 return config
         if self.waiting:
             self.looked = time.monotonic()
         return None
 
+    def _awaits(self, config: RunConfig) -> bool:
+        """Whether the run that this one branches from is still to be trained here."""
+        return bool(config.branch) and config.branch.run in {
+            f"{one.experiment}/{run_folder(one)}" for one in (*self.waiting, *self.given)}
+
     def take(self, config: RunConfig, error: BaseException | None) -> None:
         """What came out of a run."""
+        self.given.remove(config)
         name = f"{config.experiment}/{config.name}"
         if error is None:
             self.finished(config, "done")

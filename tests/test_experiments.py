@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eplib import verdicts
-from eplib.experiments import architectures, mnist, seeds
+from eplib.experiments import architectures, branches, mnist, seeds
 from eplib.store.comparisons import compare
 
 
@@ -128,3 +128,22 @@ def test_two_runs_are_the_same_up_to_the_first_window_in_which_their_losses_diff
                                                          (None, None, 2, "too few seeds")])
 def test_layered_is_its_twin_only_where_the_whole_interval_says_so(low, high, n, words):
     assert words in architectures.reading({"mean": 1e-4, "low": low, "high": high, "n": n})
+
+
+def branch(arm, loss, seed, step):
+    found = run(arm, 50.0, seed)
+    found.config.branch = SimpleNamespace(step=step) if step else None
+    found.metrics["final"]["loss"] = loss
+    return found
+
+
+def test_branches_are_compared_seed_by_seed_from_the_same_update():
+    noise, rule = (0.3, -0.2, 0.1), (0.001, 0.002, 0.003)  # what seeds move both by, and what the rule does
+    runs = [branch("origin", 9.0, 0, 0)]
+    runs += [branch("linear", 2.0 + noise[s], s, 100) for s in range(3)] + [branch("linear", 1.0, 0, 200)]
+    runs += [branch("two", 2.0 + noise[s] + rule[s], s, 100) for s in range(3)] + [branch("two", 1.5, 0, 200)]
+    assert list(branches.by_step(runs)) == [100, 200] and set(branches.by_step(runs)[100]) == {"linear", "two"}
+    half = 4.302652729911275 * 0.001 / 3**0.5  # Student's t of 2 degrees of freedom
+    early, late = branches.rows(runs, "linear", margin=0.01)
+    assert early[:1] + early[2:] == [100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100"]
+    assert late[:1] + late[2:5] == [200, 1, "+0.5000", seeds.UNDECIDED]

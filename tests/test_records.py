@@ -539,6 +539,35 @@ def test_a_run_that_cannot_go_on_says_why(root, tmp_path):
         run.extend(1)
 
 
+SETTLED = COMMON.replace("max_steps: 4", "max_steps: 60, tol: 1.0e-5").replace("DyadicEP, steps: 3", "DyadicEP").replace(
+    "steps: 2\n", "steps: 5\n")
+BRANCHED = f"""
+runs:
+  tiny:
+    - arms: {{origin: {{keep: [2]}}}}{SETTLED}
+    - arms:
+        linear: {{branch: {{run: origin, step: 2}}}}
+        implicit: {{branch: {{run: origin, step: 2}}, estimator: {{kind: Implicit}}}}{SETTLED}
+"""
+
+
+def test_branches_of_an_arm_are_trained_after_it_and_differ_by_their_rule_alone(command, root, capsys):
+    """The linear response and the implicit gradient by autograd are one gradient, up to where the phases end."""
+    write_profile(root, BRANCHED)
+    origin, linear, implicit = configurations("x", "tiny", root)
+    store = Store("x", root)
+    assert linear.branch == implicit.branch == Branch(run=f"tiny/{profiles.run_folder(origin)}", step=2)
+    assert command("--workers", "2") == 0  # with a worker to spare, the branches have to wait for their origin
+    assert "failed" not in capsys.readouterr().out
+    one, other = store.find(linear), store.find(implicit)
+    assert one.log["step"].tolist() == other.log["step"].tolist() and one.log["step"][0] == 3
+    assert one.log["loss"][0] == other.log["loss"][0] == store.find(origin).log["loss"][2]  # weights, moments and batch
+    assert one.metrics["final"]["loss"] == pytest.approx(other.metrics["final"]["loss"], abs=1e-3)
+    write_profile(root, BRANCHED.replace("run: origin", "run: nobody"))
+    with pytest.raises(ConfigurationError, match=r"arm linear, branch.run: got 'nobody', an arm of which .* have 0 runs"):
+        configurations("x", "tiny", root)
+
+
 # --- what leaves the store
 
 @pytest.mark.parametrize("changes", [{}, IMAGES], ids=["text", "images"])

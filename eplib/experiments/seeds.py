@@ -13,11 +13,11 @@ def shown(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def interval(found: Comparison) -> str:
+def interval(found: Comparison, digits: int = 2) -> str:
     """A mean difference with its 95 % interval, where there are seeds enough for one."""
     if found.mean is None:
         return "-"
-    return f"{found.mean:+.2f}" + ("" if found.low is None else f" [{found.low:+.2f}, {found.high:+.2f}]")
+    return f"{found.mean:+.{digits}f}" + ("" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]")
 
 
 def decides(found: Comparison, some: Iterable[Run]) -> bool:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import markup
-from ..config import ConfigurationError, digest, parse, plain, sparse
+from ..config import ConfigurationError, parse, plain
 from ..files import leftovers, write_atomically
 from ..models import Backend
-from ..profiles import ROOT, configurations, load_profile
+from ..profiles import ROOT, configurations, load_profile, run_folder
 from ..provenance import machine, versions
 from ..runconfig import Branch
 from ..settings import name_of
@@ -216,7 +216,7 @@ class Store:
         return self.checkpoints / "leases" / config.experiment / f"{self._place(config).name}.json"
 
     def _place(self, config: RunConfig) -> Run:
-        return Run(config, self.results / "runs" / config.experiment / f"{config.name}-{digest(sparse(config))}", self.run)
+        return Run(config, self.results / "runs" / config.experiment / run_folder(config), self.run)
 
 
 def _mismatch(run: Run) -> str | None:

@@ -1,0 +1,36 @@
+"""The branch experiment: from one kept state, with the same moments and batches, so many updates by each rule.
+
+Whole runs by two rules drift apart by more than the rules differ. Branches of one state differ by their rule alone, so that the
+spread of their difference over seeds is that of the rule.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from .. import plotting
+from ..store import tables
+from ..store.comparisons import compare, differences
+from ..store.runs import Run
+from .seeds import interval, relation
+
+
+def by_step(runs: Iterable[Run]) -> dict[int, dict[str, list[Run]]]:
+    """The branches among some runs: by the update that they began after, and by arm."""
+    found: dict[int, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.config.branch:
+            found[run.config.branch.step][run.config.arm].append(run)
+    return {step: dict(found[step]) for step in sorted(found)}
+
+
+def rows(runs: Iterable[Run], against: str, margin: float) -> list[list]:
+    """A row for each step and rule among the branches: step, label, seeds, how far its final loss is from that of the rule
+    `against`, seed by seed, with its interval, whether they are equivalent within the margin (nats), and the share that
+    settled."""
+    found = []
+    for step, arms in by_step(runs).items():
+        for arm in arms.keys() - {against}:
+            seen = compare(differences(arms, arm, against))
+            found.append([step, plotting.label(arm), seen.pairs, interval(seen, 4),
+                          relation(seen, [*arms[arm], *arms.get(against, [])], margin), tables.settled_cell(arms[arm])])
+    return sorted(found, key=lambda row: row[:2])
