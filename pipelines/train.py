@@ -164,8 +164,8 @@ class Agenda:
 
     def _awaits(self, config: RunConfig) -> bool:
         """Whether the run that this one branches from is still to be trained here."""
-        return bool(config.branch) and config.branch.run in {
-            f"{one.experiment}/{run_folder(one)}" for one in (*self.waiting, *self.given)}
+        left = {f"{one.experiment}/{run_folder(one)}" for one in (*self.waiting, *self.given)}
+        return config.branch is not None and config.branch.run in left
 
     def take(self, config: RunConfig, error: BaseException | None) -> None:
         """What came out of a run."""
