@@ -15,7 +15,7 @@ def run(arm: str, accuracy: float, seed: int = 0, *, curve=(), audit=(), beta=0.
     some = SimpleNamespace
     config = some(arm=arm, seed=seed, steps=100, penalties=["rate"], start=None, audit_every=1, optimiser=some(lr=1e-3),
                   estimator=some(kind="VectorField", beta=beta, steps=10), data=some(limit=limit), solver=some(tol=1e-3),
-                  model=some(block=some(kind="Thick")))
+                  model=some(block=some(kind="Thick"), explicit=False), branch=None)
     final = {"accuracy": accuracy, "loss": 1.0, "settled": settled, "residual_max": 1e-3, "residual_median": 1e-3}
     metrics = {"final": final, "converged": final | {"accuracy": accuracy + 1}, "excursions": excursions,
                "without_gradient": 0, "rate_arnoldi": 0.9, "training": {"displacement": 0.2}}
