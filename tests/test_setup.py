@@ -157,6 +157,16 @@ def stamp(folder: Path) -> Path:
     return folder / re.search(r"touch (\.venv/\.setup-[0-9a-f]+)", make(folder, "-n", "setup").stdout)[1]
 
 
+def test_what_the_tools_keep_between_calls_lies_in_the_folder(toy, monkeypatch):
+    """Their usual places may be read-only, or another user's."""
+    for name in ("DVC_SITE_CACHE_DIR", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    stamp(toy).touch()
+    (toy / ".venv" / "bin" / "dvc").write_text('#!/bin/sh\nprintf "%s\\n" "$DVC_SITE_CACHE_DIR" "$MPLCONFIGDIR"\n')
+    done = make(toy, "repro")
+    assert done.returncode == 0 and f"{toy}/.dvc/site\n{toy}/.venv/matplotlib\n" in done.stdout, done
+
+
 @pytest.mark.skipif(not shutil.which("flock"), reason="nothing is guarded without flock")
 def test_a_second_make_repro_is_told_that_one_is_at_work(toy):
     stamp(toy).touch()
