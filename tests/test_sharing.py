@@ -324,9 +324,6 @@ def tree(corpus, tmp_path):  # noqa: F811
     """A function that makes a repository with a profile, and the command that trains it in real processes."""
     def make(profile: str, script: str = "") -> tuple[Path, list[str]]:
         folder = make_root(tmp_path / "tree", corpus, profile)
-        for package in ("eplib", "pipelines"):
-            shutil.copytree(REPOSITORY / package, folder / package, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns("__pycache__", "profiles", "*.partial"))
         (folder / "command.py").write_text(SCRIPT.format(file=eplib.data.CORPORA["tinystories"]).replace(
             "if __name__", f"{script}\nif __name__"))
         return folder, [sys.executable, "command.py", "--profile", "x", "--workers"]
@@ -337,7 +334,7 @@ def tree(corpus, tmp_path):  # noqa: F811
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
     long = folder / ("temporary" * 20)  # no socket's path has room for it
     long.mkdir(exist_ok=True)
-    return subprocess.Popen(arguments, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder), "TMPDIR": str(long)}, text=True,
+    return subprocess.Popen(arguments, cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(long)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 

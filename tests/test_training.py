@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -193,13 +192,10 @@ runs:
 def test_a_killed_command_leaves_no_process_and_goes_on_bit_identical(corpus, tmp_path):
     """SIGKILL to `pipelines.train` alone: its workers end with it, and the run goes on from the checkpoint."""
     whole, killed = (make_root(tmp_path / name, corpus, KILLED) for name in ("whole", "killed"))
-    for package in ("eplib", "pipelines"):
-        shutil.copytree(REPOSITORY / package, killed / package, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("__pycache__", "profiles", "*.partial"))
     (killed / "command.py").write_text(SCRIPT.format(file=eplib.data.CORPORA["tinystories"]))
     scratch = tempfile.TemporaryDirectory()  # for what killed processes leave; tmp_path is too long for a socket
     command = subprocess.Popen([sys.executable, "command.py", "--profile", "x"], cwd=killed, start_new_session=True,
-                               env=os.environ | {"PYTHONPATH": str(killed), "TMPDIR": scratch.name}, text=True,
+                               env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": scratch.name}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         until = time.monotonic() + 120
