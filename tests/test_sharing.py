@@ -334,8 +334,8 @@ def tree(corpus, tmp_path):  # noqa: F811
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
     long = folder / ("temporary" * 20)  # no socket's path has room for it
     long.mkdir(exist_ok=True)
-    return subprocess.Popen(arguments, cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(long)}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(long)})
 
 
 @pytest.mark.slow
