@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eplib import verdicts
-from eplib.experiments import architectures, branches, mnist, seeds
+from eplib.experiments import architectures, branches, mnist, seeds, shakespeare
 from eplib.store.comparisons import compare
 
 
@@ -147,3 +147,16 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     early, late = branches.rows(runs, "linear", margin=0.01)
     assert early[:1] + early[2:] == [100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100"]
     assert late[:1] + late[2:5] == [200, 1, "+0.5000", seeds.UNDECIDED]
+
+
+def test_an_audit_is_near_where_its_phase_settled_and_its_trajectories_stayed_close():
+    log = {"audit_cosine": np.array([0.9, np.nan, 0.5, 0.4, 0.8]),
+           "audit_displacement": np.array([1e-3, 1e-3, 1e-2, 1e-3, np.nan]),
+           "audit_residual": np.array([1e-3, 1e-3, 1e-3, 2e-3, 1e-3])}
+    one = SimpleNamespace(log=log, config=SimpleNamespace(solver=SimpleNamespace(tol=1e-3), audit_every=1), notes={})
+    assert shakespeare.near(one).tolist() == [True, False, False, False, True]
+    found = shakespeare._audits([one])
+    assert (found["audits"], found["audits_near"]) == (4, 2)
+    assert (found["audit_cosine_min"], found["audit_cosine_near"]) == (0.4, 0.8)
+    older = SimpleNamespace(**(vars(one) | {"notes": {"audits": "elsewhere"}}))
+    assert shakespeare._audits([one, older])["audit_cosine_min"]["undecided"]
