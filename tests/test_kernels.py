@@ -454,6 +454,19 @@ def test_shapes_that_the_kernel_would_misread_are_refused():
                 use(v)
 
 
+def test_a_block_of_the_users_own_that_is_a_thick_one_is_not_taken_for_it():
+    """Its configuration may build another module; a module that holds its states in a set is refused by that."""
+    own = type("Own", (blocks.Thick,), {})
+    assert kernels.knows(blocks.Thick(), 32, 4) and not kernels.knows(own(), 32, 4)
+    block = system()[0]
+    block.__class__ = type("Boxed", (blocks.EquilibriumBlock,), {"project": lambda self, z: z.clamp(-1, 1)})
+    with pytest.raises(kernels.KernelError, match="does not compute this Boxed: it holds its states in a set, by `project`"):
+        kernels.CompiledBlock(block)
+    assert block.prefix() is None
+    found = Substitution(step=0.7, max_steps=3, chunk=2).settle(block, torch.randn(2, 13, 32))
+    assert found.value.abs().max() <= 1
+
+
 def test_a_machine_without_the_kernel_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels.compile, "path", lambda: tmp_path / "build" / "thick-0.so")
     monkeypatch.setattr(kernels.compile, "compiler", lambda: None)

@@ -12,7 +12,7 @@ from .thick import EquilibriumBlock
 
 
 class AttractorBlock(EquilibriumBlock):
-    """A feedforward backbone proposes h; the equilibrium block, clamped to h, refines it to its fixed point (004, Attractor
+    """A feedforward backbone proposes h; the equilibrium block, clamped to h, refines it to its fixed point (Attractor
     Models).
 
     Relaxation starts from the proposal, so `solvers.FixedHorizon(steps=0)` evaluates the network with the solver removed.
@@ -28,7 +28,7 @@ class AttractorBlock(EquilibriumBlock):
 
 @configuration
 class Attractor(_Stack):
-    """Feedforward backbone of `layers` layers, and a `Thick` head that refines its output to a fixed point (004)."""
+    """Feedforward backbone of `layers` layers, and a `Thick` head that refines its output to a fixed point."""
 
     damping: Damping = 0.0
 

@@ -21,7 +21,7 @@ from .base import Block, Damping, Dynamical, Positive, Scale
 
 
 class EnergyBlock(Dynamical):
-    """F = -dE/dz of E(z) = |z - x|^2 / 2 + c |z|^2 / 2 + E_attention(LN z) + E_memory(LN z) (002, the energy route of CET).
+    """F = -dE/dz of E(z) = |z - x|^2 / 2 + c |z|^2 / 2 + E_attention(LN z) + E_memory(LN z) (CET of Hao 2026).
 
     Softmax attention is the log-sum-exp energy -sqrt(D) sum_t log sum_s exp(q_t k_s / sqrt(D)), whose force ties the value to
     the key; linear attention is -sum_st (f_s f_t)^2 / (4 D T) with features f = elu(W n) + 1. A symmetric J cannot be causal
@@ -72,7 +72,7 @@ class EnergyBlock(Dynamical):
 
 @configuration
 class Energy(Block):
-    """Gradient dynamics: log-sum-exp attention with tied value, confinement and memory (002, CET)."""
+    """Gradient dynamics: log-sum-exp attention with tied value, confinement and memory (Hao 2026, CET)."""
 
     damping: Damping = 0.0
     causal: bool = True

@@ -14,7 +14,7 @@ from .thick import EquilibriumBlock
 
 @configuration
 class LinearAttention(Block):
-    """The MNIST reference (001): linear attention over all tokens; symmetric: derived from an energy, else with free weights.
+    """The MNIST reference: linear attention over all tokens; symmetric: derived from an energy, else with free weights.
 
     The symmetric form settles only near its initial weights: from init 0.1 relaxation ends in a cycle.
     """

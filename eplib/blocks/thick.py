@@ -44,7 +44,7 @@ class EquilibriumBlock(Dynamical):
 
 @configuration
 class Thick(Block):
-    """Equilibrium block with full multi-head attention and a 4x network (002, section "thick"; F in DESIGN).
+    """Equilibrium block with full multi-head attention and a 4x network (Hao 2026, "thick").
 
     damping: c >= 0. causal: True for language, False for images. qk_norm: q and k divided by their root mean square per head.
     init: scale of the two output weights at initialisation, in units of 1/sqrt(fan-in).

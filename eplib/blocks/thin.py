@@ -20,7 +20,7 @@ from .base import Block, Damping, Dynamical, Jacobian, Positive, Scale
 
 
 class ThinBlock(Dynamical):
-    """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (002,
+    """F(z) = -(z - x) + Attn(LN z) - dE_memory/dz - c z: attention as a raw force, the network as a memory's energy (Hao 2026,
     "thin")."""
 
     qk_norm = False  # queries and keys enter as they are
@@ -48,7 +48,7 @@ class ThinBlock(Dynamical):
 
 @configuration
 class Thin(Block):
-    """Raw attention force with a modern-Hopfield memory, which needs its damping (002, "thin")."""
+    """Raw attention force with a modern-Hopfield memory, which needs its damping (Hao 2026, "thin")."""
 
     damping: Damping = 1.0
     causal: bool = True

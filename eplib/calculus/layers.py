@@ -10,7 +10,7 @@ from .functions import EPS, ShapeError, attend, dividing, features, gelu, linear
 
 
 class Memory(nn.Module):
-    """Modern-Hopfield memory, energy -|relu(W n)|^2 / 2 (002): its force W^T relu(W n) is a network with tied weights."""
+    """Modern-Hopfield memory, energy -|relu(W n)|^2 / 2 (Hao 2026): its force W^T relu(W n) is a network with tied weights."""
 
     def __init__(self, width: int, expansion: int, init: float):
         super().__init__()

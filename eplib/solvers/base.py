@@ -90,8 +90,8 @@ class Solver(Family):
         A sample whose state norm or residual grows a thousandfold is frozen as diverged: an explosion otherwise looks
         converged once step * F falls below the float spacing of z. A non-finite residual freezes the sample as well.
         among(samples): the force of these samples alone, where there is one: the others leave the batch once half of it has
-        ended, so that it is not computed for the slowest sample's sake. project: what holds a state in its set, put to every
-        state that a step leads to; the force is to be zero at the fixed points that this leaves.
+        ended, so that it is not computed for the slowest sample's sake. project: what holds a state in its set, put to the
+        start and to every state that a step leads to; the force is to be zero at the fixed points that this leaves.
         """
         refuse_rounding(start)
         if self.coarse is not None and start.dtype not in (torch.float32, torch.complex64):

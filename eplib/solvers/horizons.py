@@ -29,7 +29,7 @@ class FixedHorizon(Solver):
 
 @configuration
 class Snapshot(Solver):
-    """Euler through all `max_steps`, and the most settled iterate in hindsight (002, "adaptive T2 by hindsight snapshot
+    """Euler through all `max_steps`, and the most settled iterate in hindsight (Hao 2026, "adaptive T2 by hindsight snapshot
     selection").
 
     In a nudged phase the residual is that of the contrast, which is its increment over the step, not the size of a step. A

@@ -25,7 +25,7 @@ class Loop:
                  among: Callable[[Tensor], Force] | None, project: Callable[[Tensor], Tensor] | None):
         self.solver, self.force, self.measure, self.rough, self.among = solver, force, measure, rough, among
         self.project, self.start, self.history, self.evaluated = project, start, solver.history(linear), 0
-        self.all = self.now = Samples(start)
+        self.all = self.now = Samples(start if project is None else project(start))
         self.left: Tensor | None = None  # which samples are left, where some have gone
 
     def run(self) -> Solution:
