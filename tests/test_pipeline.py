@@ -178,6 +178,14 @@ def test_every_notebook_is_in_git_as_it_should_be():
     assert {name: problems for name in names if (problems := cells.problems(name))} == {}
 
 
+def test_no_notebook_uses_a_name_that_it_does_not_define_or_imports_one_that_it_does_not_use():
+    for name in common.notebook_names():
+        code = ast.unparse(imports.code_of(cells.normalise(name, cells.load_notebook(name))))
+        done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--output-format=concise",
+                               "--config", 'builtins=["display"]', "-"], input=code, capture_output=True, text=True)
+        assert done.returncode == 0, f"notebooks/{name}.ipynb: {done.stdout}{done.stderr}"
+
+
 def test_strip_drops_outputs_and_check_sees_them(tree):
     saved = made_of(CELL)
     saved["cells"][2] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
