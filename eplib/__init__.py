@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["gradient", "ep_loss", "load", "__version__"]
 
 _LAZY = {"gradient": "estimators", "ep_loss": "estimators", "load": "trained"}
-_MODULES = ("blocks", "calculus", "codecs", "controllers", "data", "diagnostics", "dynamics",
+_MODULES = ("blocks", "calculus", "classics", "codecs", "controllers", "data", "diagnostics", "dynamics",
             "estimators", "evaluation", "families", "kernels", "log", "markup", "models", "plotting", "profiles",
             "runconfig", "settings", "solvers", "sources", "spectra", "starts", "store", "tasks", "trained",
             "training")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from . import classics  # noqa: F401  (its architectures are chosen by name)
 from .config import configuration
 from .controllers import Penalty
 from .data import DATA

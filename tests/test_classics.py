@@ -1,4 +1,4 @@
-"""The layered Hopfield network of Scellier & Bengio (2017), written on public names only, against truth of its own."""
+"""The classic networks, and blocks given by their energy or by a slope of their own, against truth that knows neither."""
 
 import itertools
 
@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import eplib
-from eplib import blocks, estimators, solvers
+from eplib import blocks, estimators, solvers, tasks
 from eplib.blocks import Dynamical
+from eplib.classics import Convolutional, LayeredHopfield
 from eplib.diagnostics import adjoint_gradient, agreement
 from eplib.models import Model
 
@@ -16,6 +17,7 @@ TIGHT = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-13)
 NUDGED = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-9)
 
 
+<<<<<<< HEAD
 class Hopfield(blocks.FromEnergy):
     """E = |s|^2 / 2 - sum_l <s_l, W_l s_(l-1) + b_l> over layers s_l in the box, s_0 being the clamped input."""
 
@@ -51,6 +53,9 @@ class Network(Model):
 
     def loss_of(self, h, targets):
         return (h - nn.functional.one_hot(targets, h.shape[-1]).to(h)).square().sum(-1) / 2
+=======
+PATCHES = tasks.Patches(tokens=1, size=7, classes=3)
+>>>>>>> 2814d34 (The layered and the convolutional Hopfield network, each given by its energy in one file, are architectures like any other)
 
 
 def batch(samples=12, pixels=7, classes=3, seed=1):
@@ -63,8 +68,8 @@ def batch(samples=12, pixels=7, classes=3, seed=1):
 def network(scale=0.6):
     """In float64, with weights large enough that units of every layer, outputs too, sit at both bounds."""
     torch.manual_seed(2)
-    model = Network(7, 9, 6, 3).double()
-    for link in model.block.links:
+    model = LayeredHopfield(hidden=(9, 6)).build(PATCHES).double()
+    for link in (model.first, *model.block.links):
         nn.init.normal_(link.weight, std=scale / link.in_features ** 0.5)
         nn.init.normal_(link.bias, mean=0.1, std=0.4)
     return model
@@ -106,12 +111,77 @@ def test_plain_ep_needs_the_pull_inside_the_box(monkeypatch):
 
 
 def test_states_stay_in_the_box_under_steps_of_at_most_one():
-    model, (inputs, _) = network(scale=4.0), batch()
-    z = torch.rand(len(inputs), 18, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    model = network(scale=4.0)
+    x = model.clamp(batch()[0]).detach()
+    z = torch.rand(len(x), 18, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for step in (1.0, 0.3):
         for pull in (0.0, 5.0, -5.0):
-            moved = z + step * model.block.nudged(z, inputs, torch.full_like(z, pull))
+            moved = z + step * model.block.nudged(z, x, torch.full_like(z, pull))
             assert moved.min() > -1e-12 and moved.max() < 1 + 1e-12
+
+
+def test_each_layer_relaxes_to_the_hard_sigmoid_of_what_comes_from_below_and_above():
+    model, (inputs, _) = network(), batch()
+    z = torch.rand(len(inputs), 18, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (s1, s2, s3), (w1, w2), x = z.split((9, 6, 3), -1), model.block.links, model.first(inputs)
+    drives = x + s2 @ w1.weight, w1(s1) + s3 @ w2.weight, w2(s2)
+    assert torch.allclose(model.block(z, x), torch.cat(drives, -1).clamp(0, 1) - z, rtol=1e-12, atol=1e-12)
+
+
+def images(samples=6, side=8, classes=3):
+    """Square images, whole (B, H, W) and in the four patches (B, 4, n) of their corners."""
+    whole = torch.rand(samples, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    return whole, tasks.images.patches(whole, side // 2), torch.arange(samples) % classes
+
+
+def convolutional(**changes):
+    torch.manual_seed(3)
+    return Convolutional(channels=(2, 3), kernel=3, **changes).build(tasks.Patches(tokens=4, size=16, classes=3)).double()
+
+
+def test_convolutions_see_the_image_that_the_patches_are_cut_from():
+    model, (whole, patched, _) = convolutional(), images()
+    assert torch.equal(model.clamp(patched), model.first(whole.unsqueeze(1)))
+
+
+@pytest.mark.parametrize("estimator", [estimators.VectorField(beta=1e-4), estimators.BPTT(steps=300)], ids=repr)
+def test_the_convolutional_network_has_the_dense_adjoint_s_gradient(estimator):
+    model, (_, inputs, targets) = convolutional(), images()
+    nn.init.normal_(model.first.weight, std=0.8)  # so large that units of the first layer sit at both bounds
+    nn.init.constant_(model.block.links[0].bias, 0.3)
+    report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT,
+                            nudged=NUDGED if estimator.second_phase else None)
+    state = model.settle(inputs, TIGHT).value
+    last = state[:, -model.block.sizes[-1]:]
+    assert (state < 1e-9).any() and (state > 1 - 1e-9).any() and ((last > 0.05) & (last < 0.95)).any()
+    for group, value in agreement(report.grads, adjoint_gradient(model, inputs, targets, state)).items():
+        assert value.error < 1e-4, (group, value)
+
+
+def test_without_feedback_both_are_ordinary_networks_of_the_same_weights():
+    _, inputs, targets = images()
+    hopfield = [LayeredHopfield(hidden=(9, 6), feedback=fed) for fed in (True, False)]
+    built = []
+    for architecture in hopfield:
+        torch.manual_seed(3)
+        built.append(architecture.build(tasks.Patches(tokens=4, size=16, classes=3)).double())
+    for fed, plain in (built, (convolutional(), convolutional(feedback=False))):
+        assert all(torch.equal(a, b) for a, b in zip(fed.parameters(), plain.parameters(), strict=True))
+        layer = plain.clamp(inputs).clamp(0, 1)
+        for link in plain.block.links:
+            layer = link(layer).clamp(0, 1)
+        plain.loss(layer.flatten(1), targets).mean().backward()
+        found = eplib.gradient(plain, inputs, targets, estimator=estimators.Backprop(), solver=TIGHT).grads
+        assert all(torch.allclose(found[name], parameter.grad, atol=1e-14) for name, parameter in plain.named_parameters())
+
+
+@pytest.mark.parametrize(("architecture", "signal", "error", "says"), [
+    (LayeredHopfield(), tasks.Tokens(vocab=5, context=4), TypeError, "LayeredHopfield takes images in Patches"),
+    (Convolutional(), tasks.Patches(tokens=3, size=16, classes=2), TypeError, "square images in square Patches"),
+    (Convolutional(), tasks.Patches(tokens=1, size=100, classes=2), ValueError, "3 x 3 units has no room for a kernel of 6")])
+def test_what_a_classic_network_does_not_take_is_refused(architecture, signal, error, says):
+    with pytest.raises(error, match=says):
+        architecture.build(signal)
 
 
 class Bowl(blocks.FromEnergy):
@@ -170,15 +240,14 @@ def test_an_energy_that_is_none_says_what_to_do(energy, box, says):
 
 def test_sixty_steps_of_plain_ep_lower_the_loss():
     torch.manual_seed(0)
-    model, (inputs, targets) = Network(7, 16, 3), batch(samples=32)
+    model, (inputs, targets) = LayeredHopfield(hidden=(16,)).build(PATCHES), batch(samples=32)
     inputs, optimiser, losses = inputs.float(), torch.optim.Adam(model.parameters(), lr=1e-2), []
     for _ in range(60):
         report = eplib.gradient(model, inputs, targets, estimator=estimators.VectorField(beta=0.2),
                                 solver=solvers.Relaxation(step=1.0, max_steps=20, tol=1e-3),
                                 nudged=solvers.Relaxation(step=1.0, max_steps=10, tol=1e-2))
         losses.append(report.loss)
-        for name, parameter in model.named_parameters():
-            parameter.grad = report.grads[name]
+        report.assign(model)
         optimiser.step()
     h = model.block.output(model.settle(inputs, solvers.Relaxation(step=1.0, max_steps=20, tol=1e-3)).value)
     assert losses[-1] < 0.6 * losses[0] and (h.argmax(-1) == targets).double().mean() > 0.8
@@ -207,10 +276,13 @@ class Slope(Dynamical):
         return ((z - x).square().sum() - ((z @ self.weight) * z).sum()) / 2
 
 
-class Sloped(Network):
+class Sloped(Model):
     def __init__(self, way):
-        nn.Module.__init__(self)
+        super().__init__()
         self.block = Slope(way)
+
+    def clamp(self, inputs):
+        return inputs
 
     def loss(self, h, targets):
         return h[..., :3].sub(nn.functional.one_hot(targets, 3)).square().sum(-1) / 2
