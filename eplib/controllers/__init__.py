@@ -7,10 +7,10 @@ relaxation. Frozen weights get none. `Outcome` says what it cost in force evalua
 samples are looked at again depends on the samples: only those that have something to penalise.
 """
 
-from .base import KEPT, Outcome, Penalty
+from .base import KEPT, Outcome, Penalty, gradient
 from .contraction import ContractionRate, Integral
 from .mode import LeadingMode, NumericalAbscissa
 from .norms import Homeostasis, JacobianNorm, ResidualDriven, ResidualPenalty
 
 __all__ = ["KEPT", "ContractionRate", "Homeostasis", "Integral", "JacobianNorm", "LeadingMode", "NumericalAbscissa", "Outcome",
-           "Penalty", "ResidualDriven", "ResidualPenalty"]
+           "Penalty", "ResidualDriven", "ResidualPenalty", "gradient"]
