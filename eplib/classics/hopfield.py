@@ -1,6 +1,7 @@
 """The layered Hopfield network, on which equilibrium propagation was introduced (Scellier & Bengio 2017)."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated
 
@@ -28,7 +29,7 @@ class Hopfield(FromEnergy):
 
     box = (0.0, 1.0)
 
-    def __init__(self, shapes: list[tuple[int, ...]], links: list[nn.Module]):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], links: Sequence[nn.Module]):
         super().__init__()
         self.shapes, self.sizes, self.links = shapes, [math.prod(shape) for shape in shapes], nn.ModuleList(links)
 
