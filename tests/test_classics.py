@@ -9,7 +9,7 @@ from torch import nn
 import eplib
 from eplib import blocks, estimators, solvers, tasks
 from eplib.blocks import Dynamical
-from eplib.classics import Convolutional, LayeredHopfield
+from eplib.classics import Convolutional, Hopfield, LayeredHopfield
 from eplib.diagnostics import adjoint_gradient, agreement
 from eplib.models import Model
 
@@ -17,45 +17,7 @@ TIGHT = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-13)
 NUDGED = solvers.Relaxation(step=0.7, max_steps=4000, tol=1e-9)
 
 
-<<<<<<< HEAD
-class Hopfield(blocks.FromEnergy):
-    """E = |s|^2 / 2 - sum_l <s_l, W_l s_(l-1) + b_l> over layers s_l in the box, s_0 being the clamped input."""
-
-    box = (0.0, 1.0)
-
-    def __init__(self, *sizes):
-        super().__init__()
-        self.layers = blocks.Packed(*((size,) for size in sizes[1:]))
-        self.links = nn.ModuleList(nn.Linear(below, above) for below, above in itertools.pairwise(sizes))
-
-    def start(self, x):
-        return self.layers.zeros(x) + 0.1
-
-    def energy(self, z, x):
-        layers = self.layers.split(z)
-        drives = (link(below) for link, below in zip(self.links, (x, *layers), strict=False))
-        return z.square().sum(-1) / 2 - sum((s * drive).sum(-1) for s, drive in zip(layers, drives, strict=True))
-
-    def output(self, z):
-        return self.layers.split(z)[-1]
-
-
-class Network(Model):
-    def __init__(self, *sizes):
-        super().__init__()
-        self.block = Hopfield(*sizes)
-
-    def clamp(self, inputs):
-        return inputs
-
-    def predict(self, h):
-        return h
-
-    def loss_of(self, h, targets):
-        return (h - nn.functional.one_hot(targets, h.shape[-1]).to(h)).square().sum(-1) / 2
-=======
 PATCHES = tasks.Patches(tokens=1, size=7, classes=3)
->>>>>>> 2814d34 (The layered and the convolutional Hopfield network, each given by its energy in one file, are architectures like any other)
 
 
 def batch(samples=12, pixels=7, classes=3, seed=1):
@@ -152,7 +114,7 @@ def test_the_convolutional_network_has_the_dense_adjoint_s_gradient(estimator):
     report = eplib.gradient(model, inputs, targets, estimator=estimator, solver=TIGHT,
                             nudged=NUDGED if estimator.second_phase else None)
     state = model.settle(inputs, TIGHT).value
-    last = state[:, -model.block.sizes[-1]:]
+    last = state[:, -model.block.layers.sizes[-1]:]
     assert (state < 1e-9).any() and (state > 1 - 1e-9).any() and ((last > 0.05) & (last < 0.95)).any()
     for group, value in agreement(report.grads, adjoint_gradient(model, inputs, targets, state)).items():
         assert value.error < 1e-4, (group, value)
@@ -333,8 +295,8 @@ def test_several_tensors_are_one_state_and_its_parts_are_views_of_it():
 def test_a_solver_puts_every_state_into_the_box(solver, monkeypatch):
     """Steps above 1, and accelerated ones, would leave it, where the energy of a network may be another or none."""
     torch.manual_seed(0)
-    network, forward = Network(7, 6, 5, 3).double(), Hopfield.forward
-    for link, scale in zip(network.block.links, (1.5, 0.1, 0.1), strict=True):  # units reach their bounds, without oscillating
+    model, forward = LayeredHopfield(hidden=(6, 5)).build(PATCHES).double(), Hopfield.forward
+    for link, scale in zip((model.first, *model.block.links), (1.5, 0.1, 0.1), strict=True):  # units meet bounds, and settle
         nn.init.normal_(link.weight, std=scale)
     seen = []
     monkeypatch.setattr(Hopfield, "forward", lambda self, z, x: seen.append(z) or forward(self, z, x))
@@ -342,9 +304,9 @@ def test_a_solver_puts_every_state_into_the_box(solver, monkeypatch):
     def farthest():
         return max(max((-z).max().item(), (z - 1).max().item()) for z in seen)
 
-    found, truth = network.settle(batch()[0], solver), network.settle(batch()[0], solvers.Relaxation(max_steps=999, tol=1e-10))
+    found, truth = (model.settle(batch()[0], one) for one in (solver, solvers.Relaxation(max_steps=999, tol=1e-10)))
     assert found.status is solvers.Status.CONVERGED and torch.allclose(found.value, truth.value, atol=1e-7)
     assert farthest() <= 0
     monkeypatch.setattr(solvers.base, "projection", lambda block: None)
-    network.settle(batch()[0], solver)
+    model.settle(batch()[0], solver)
     assert farthest() > 1e-4  # else this shows nothing

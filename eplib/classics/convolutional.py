@@ -22,7 +22,7 @@ class ConvolutionalNetwork(Model):
     def __init__(self, first: nn.Conv2d, block: Hopfield, tokens: int, classes: int):
         super().__init__()
         self.first, self.block, self.grid = first, block, isqrt(tokens)
-        self.readout = nn.Linear(block.sizes[-1], classes)
+        self.readout = nn.Linear(block.layers.sizes[-1], classes)
 
     def clamp(self, inputs: Tensor) -> Tensor:
         side = isqrt(inputs.shape[-1])

@@ -1,16 +1,14 @@
 """The layered Hopfield network, on which equilibrium propagation was introduced (Scellier & Bengio 2017)."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ..blocks import FromEnergy
+from ..blocks import FromEnergy, Packed
 from ..config import configuration
 from ..models import Architecture, Model
 from ..tasks import Patches, Signal
@@ -23,29 +21,29 @@ class Hopfield(FromEnergy):
     """E = |s|^2 / 2 - <s_1, x> - sum_l <s_(l+1), W_l(s_l)> over layers s_l in the box [0, 1].
 
     In the box the hard sigmoid is the identity, so this is equation 1 of Scellier & Bengio 2017, and the links W_l may be any
-    modules. x is what the first of them makes of the input, once for all steps. A state (..., n) holds the layers, of the
-    given shapes, one after the other.
+    modules. x is what the first of them makes of the input, once for all steps. shapes: of the layers, packed in a state
+    (..., n).
     """
 
     box = (0.0, 1.0)
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], links: Sequence[nn.Module]):
         super().__init__()
-        self.shapes, self.sizes, self.links = shapes, [math.prod(shape) for shape in shapes], nn.ModuleList(links)
+        self.layers, self.links = Packed(*shapes), nn.ModuleList(links)
 
     def start(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), sum(self.sizes))
+        return self.layers.zeros(x)
 
     def energy(self, z: Tensor, x: Tensor) -> Tensor:
-        first, *above = z.split(self.sizes, -1)
-        energy = z.square().sum(-1) / 2 - (first * x.flatten(-len(self.shapes[0]))).sum(-1)
-        for link, shape, (below, layer) in zip(self.links, self.shapes, pairwise((first, *above)), strict=False):
-            drive = link(below.reshape(-1, *shape))  # modules take one leading dimension
-            energy = energy - (layer * drive.view(layer.shape)).sum(-1)
+        layers, lead = self.layers.split(z), z.dim() - 1
+        energy = z.square().sum(-1) / 2 - (layers[0] * x).flatten(lead).sum(-1)
+        for link, (below, layer) in zip(self.links, pairwise(layers), strict=True):
+            drive = link(below.flatten(0, lead - 1)).view(layer.shape)  # modules take one leading dimension
+            energy = energy - (layer * drive).flatten(lead).sum(-1)
         return energy
 
     def output(self, z: Tensor) -> Tensor:
-        return z[..., -self.sizes[-1]:]
+        return z[..., -self.layers.sizes[-1]:]
 
 
 class OneWay(Hopfield):
@@ -57,7 +55,7 @@ class OneWay(Hopfield):
         layers = [x.clamp(*self.box)]
         for link in self.links:
             layers.append(link(layers[-1]).clamp(*self.box))
-        return torch.cat([layer.flatten(1) for layer in layers], 1)
+        return self.layers.join(*layers)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return self.start(x) - z
