@@ -68,7 +68,7 @@ def create(name: str, root: Path = ROOT) -> list[str]:
         write_text(path, text)
     cells.strip(name, root)
     for profile in ("quick", "paper"):
-        write_text(root / stages.pipeline_path(profile), stages.text_of(profile, root))
+        stages.write(profile, root)
     return [str(path.relative_to(root)) for path in made] + ["dvc.yaml"]
 
 

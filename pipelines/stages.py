@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from eplib.settings import name_of
-from pipelines.common import ROOT, PipelineError, command, write_text
+from pipelines.common import ROOT, PipelineError, command, load_yaml, write_text
 from pipelines.plan import Plan
 
 DATA = ("plays-chars", "plays-bpe1024")
@@ -143,6 +143,19 @@ def out_of_date(profiles: Iterable[str], root: Path = ROOT) -> list[str]:
             if not path.is_file() or path.read_text(encoding="utf-8") != text_of(profile, root)]
 
 
+def write(profile: str, root: Path = ROOT) -> None:
+    """Write the pipeline file of a profile, and take out of its lock what it says of stages that are no more: DVC would read
+    and keep that for ever."""
+    path = root / pipeline_path(profile)
+    write_text(path, text_of(profile, root))
+    lock = path.with_suffix(".lock")
+    kept = load_yaml(lock) if lock.is_file() else {}
+    stages = build(profile, root)["stages"]
+    if gone := set(kept.get("stages") or {}) - set(stages):
+        kept["stages"] = {name: stage for name, stage in kept["stages"].items() if name not in gone}
+        write_text(lock, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120))
+
+
 def remedy(profile: str) -> str:
     """The command that writes the pipeline file of a profile."""
     return "python -m pipelines.stages --write" + ("" if profile in ("quick", "paper") else f" --profile {profile}")
@@ -160,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         stale = out_of_date([options.profile] if options.profile else ["quick", "paper"])
         for profile in stale:
             if options.write:
-                write_text(ROOT / pipeline_path(profile), text_of(profile))
+                write(profile)
                 print(f"{pipeline_path(profile)}: written for profile {profile}")
     except PipelineError as error:
         print(error, file=sys.stderr)

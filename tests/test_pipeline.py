@@ -357,6 +357,14 @@ def test_dvc_stops_with_the_remedy_where_the_pipeline_file_lacks_a_new_group_of_
     assert reproduced("sources") == ["sources"]
 
 
+def test_a_pipeline_file_that_is_written_anew_takes_stages_that_are_no_more_out_of_its_lock(tree):
+    kept = {"sources": {"cmd": "python"}, "source-toy": {"cmd": "python", "params": {"a": "a" * 200}}}
+    common.write_text(tree / "dvc.lock", yaml.safe_dump({"schema": "2.0", "stages": kept}))
+    stages.write("quick", tree)
+    assert common.load_yaml(tree / "dvc.lock") == {"schema": "2.0", "stages": {"sources": {"cmd": "python"}}}
+    assert stages.out_of_date(["quick"], tree) == []
+
+
 def test_the_runs_of_a_profile_decide_training_and_their_looks_only_the_notebooks(tree):
     def decided(label: str, damping: float) -> dict:
         runs = {"toy": [{"arms": {"a": {"label": label, "model": {"damping": damping}}}}]}
