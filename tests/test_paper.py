@@ -66,9 +66,9 @@ def fill(root: Path, profile: str = "quick") -> None:
         "rows": [["EP <b>", 0.125], ["BPTT", None]],
         "note": "A note.",
     }
+    for name in SOURCES:
+        common.write_text(root / "notebooks" / f"{name}.ipynb", "{}")
     for name, tables in TABLES.items():
-        if name != "machine":
-            common.write_text(root / "notebooks" / f"{name}.ipynb", "{}")
         for key in tables:
             common.write_text(results / name / f"{key}.json", json.dumps(table))
     texts = {"title": "Stories", "texts": [{"arm": "EP", "text": "Once $ # * _ <i> upon"}]}

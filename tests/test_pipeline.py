@@ -235,7 +235,7 @@ def test_every_stage_depends_on_the_code_that_it_loads():
     decides = plan.Plan("quick", ROOT).decides()
     for stage in ("data", "train", "claims", "paper", "report"):
         assert loaded(f"import pipelines.{stage}") <= set(decides[stage]["code"]), stage
-    for name in common.notebook_names():
+    for name in common.planned(common.load_profile("quick")):
         source = cells.normalise(name, cells.load_notebook(name))
         lines = [node for node in ast.walk(imports.code_of(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
         files = loaded("\n".join(ast.unparse(line) for line in lines))
