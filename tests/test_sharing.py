@@ -217,6 +217,22 @@ def test_a_run_is_known_by_its_folders_name(name):
     assert not any(records.RUN.fullmatch(other) for other in (name[:-1], f"{name}0", f".{name}", name.replace("-seed", "-")))
 
 
+def test_what_is_being_written_is_known_by_host_and_process(tmp_path, monkeypatch):
+    """So a second host on the same store never takes it for its own, and once the process is gone it is cleaned away."""
+    written = []
+    monkeypatch.setattr(files.os, "replace", lambda partial, path: written.append(Path(partial).name))
+    files.write_atomically(tmp_path / "metrics.json", "{}")
+    files.write_atomically(tmp_path / "metrics.json", "{}")
+    first, second = written
+    assert first != second and all(name.startswith(f".metrics.json.{files.HOST}.{os.getpid()}-") for name in written)
+    for number, left in ((dead(), True), (os.getpid(), False)):
+        partial = tmp_path / first.replace(f".{os.getpid()}-", f".{number}-")
+        partial.touch()
+        assert (partial in files.leftovers(tmp_path)) == left
+    (tmp_path / first.replace(files.HOST, "elsewhere-1").replace(f".{os.getpid()}-", f".{dead()}-")).touch()
+    assert len(list(files.leftovers(tmp_path))) == 1
+
+
 def test_a_file_that_is_written_by_many_at_once_is_always_whole(tmp_path):
     path, texts = tmp_path / "a.json", [str(n) * 20_000 for n in range(4)]
     files.write_atomically(path, texts[0])
