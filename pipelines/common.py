@@ -17,6 +17,9 @@ from eplib.files import ROOT, read_yaml
 from eplib.files import write_atomically as write_text  # noqa: F401  (for the modules of this package)
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
+
+
 class PipelineError(Exception):
     """Something a reader can put right; the message names it, what is allowed and what to do."""
 
@@ -42,6 +45,16 @@ def load_yaml(path: Path) -> Any:
 def load_profile(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """What pipelines/profiles/<profile>.yaml says, or the file of that path; raises PipelineError if there is none."""
     return settings.load(profile, root, PipelineError)
+
+
+def processors() -> int:
+    """How many processors this process may use: those of its affinity, fewer where its control group has a quota of time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if QUOTA.is_file():
+        granted, period = QUOTA.read_text().split()
+        if granted != "max":
+            count = min(count, max(1, round(int(granted) / int(period))))
+    return count
 
 
 def notebook_format() -> Any:

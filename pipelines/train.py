@@ -32,7 +32,7 @@ from eplib.profiles import ROOT, configurations, load_profile, run_folder
 from eplib.store.leases import Held, Lost
 from eplib.store.records import Store
 from eplib.training import OutOfTime, RunConfig
-from pipelines.common import command
+from pipelines.common import command, processors
 
 QUIET_SECONDS = 15.0  # between two lines of progress where there is no terminal to rewrite one on
 
@@ -50,21 +50,10 @@ def seconds(text: str) -> float:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
 TURN = 0.2  # seconds between two looks at the workers
 BUSY_SECONDS = 5.0  # between two looks at runs that other commands train
 
 _lines: Connection | None = None  # of a worker, to the command
-
-
-def processors() -> int:
-    """How many processors this process may use: those of its affinity, fewer where its control group has a quota of time."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if QUOTA.is_file():
-        granted, period = QUOTA.read_text().split()
-        if granted != "max":
-            count = min(count, max(1, round(int(granted) / int(period))))
-    return count
 
 
 def _start_worker(lines: Connection) -> None:

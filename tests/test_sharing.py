@@ -19,7 +19,7 @@ from eplib.store import leases, records
 from eplib.store.leases import Held, Lost, lease
 from eplib.store.records import Store, configurations
 from eplib.training import OutOfTime, Trainer
-from pipelines import train
+from pipelines import common, train
 from test_records import TWO, command, root, write_profile  # noqa: F401  (fixtures)
 from test_training import KILLED, REPOSITORY, SCRIPT, config, corpus, make_root, outcome  # noqa: F401
 
@@ -325,14 +325,14 @@ def test_runs_that_another_process_trains_are_left_to_it(root, command, capsys, 
 
 
 def test_workers_are_as_many_as_the_processors_that_this_process_may_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(common, "QUOTA", tmp_path / "cpu.max")
     for allowed, quota, expected in ((range(8), None, 8), ([3], None, 1), (range(8), "max 100000", 8),
                                      (range(8), "250000 100000", 2), (range(8), "20000 100000", 1),
                                      ([1, 2], "900000 100000", 2)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: set(allowed), raising=False)
         if quota:
-            train.QUOTA.write_text(quota)
-        assert train.processors() == expected
+            common.QUOTA.write_text(quota)
+        assert common.processors() == expected
 
 
 @pytest.fixture
