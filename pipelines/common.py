@@ -16,7 +16,6 @@ from eplib import settings
 from eplib.files import ROOT, read_yaml
 from eplib.files import write_atomically as write_text  # noqa: F401  (for the modules of this package)
 
-
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
 
 
