@@ -79,7 +79,7 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 test: setup  ## run the tests (8 to 14 minutes; fetches MNIST once, about 12 MB)
 	@echo "== tests: 8 to 14 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
 	@$(KERNEL)
-	@pytest -q
+	@pytest -q -n 2 --dist loadfile
 
 lab: setup  ## open JupyterLab on the notebooks, with a kernel that finds eplib
 	jupyter lab --notebook-dir=notebooks

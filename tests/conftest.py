@@ -9,7 +9,8 @@ from pipelines import data
 @pytest.fixture(scope="session")
 def mnist_root():
     """The data folder with MNIST in it; where no source is reached, fails with the data error (it does not skip)."""
-    data.fetch_mnist(DATA)
+    with data.only_one(DATA):
+        data.fetch_mnist(DATA)
     return DATA
 
 
