@@ -40,6 +40,7 @@ RUNS = Template("""\
         vector_field: {estimator: {kind: VectorField, beta: 0.2}}
       over: {seed: [0, 1, 2]}
 """)
+RESERVED = {"machine", "notebooks", "runs", "sources", "weights"}  # folders that stand beside an experiment's own in results
 SIZES = {
     "smoke": {"validation": "0.001", "width": 16, "context": 8, "batch": 4, "steps": 6, "every": 3},
     "quick": {"validation": "0.01", "width": 32, "context": 32, "batch": 16, "steps": 200, "every": 50},
@@ -54,9 +55,9 @@ def create(name: str, root: Path = ROOT) -> list[str]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PipelineError(f"{name!r} is no name for an experiment: lower-case letters, digits and _, a letter first")
-    taken = {*notebook_names(root), *(group for profile in SIZES for group in load_profile(profile, root).get("runs") or {})}
+    taken = {*RESERVED, *notebook_names(root), *(group for profile in SIZES for group in load_profile(profile, root).get("runs") or {})}
     if name in taken:
-        raise PipelineError(f"there is an experiment {name!r} already; taken are {', '.join(sorted(taken))}")
+        raise PipelineError(f"there is an experiment, or a folder of results, {name!r} already; taken are {', '.join(sorted(taken))}")
     made = {}
     for profile, sizes in SIZES.items():
         path = root / "pipelines" / "profiles" / f"{profile}.yaml"

@@ -430,7 +430,8 @@ def test_a_new_experiment_runs_at_once_at_smoke_size(checkout):
     assert len(table["rows"]) == 6 and table["rows"][0][0] == "EP, linear response"
 
 
-@pytest.mark.parametrize(("name", "words"), [("Mine", "lower-case"), ("mnist", "already"), ("mnist_grid", "already")])
+@pytest.mark.parametrize(("name", "words"), [("Mine", "lower-case"), ("mnist", "already"), ("mnist_grid", "already"),
+                                             ("sources", "already")])
 def test_a_new_experiment_with_a_name_that_cannot_be_is_refused_and_nothing_written(tmp_path, name, words):
     for folder in ("pipelines", "notebooks"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

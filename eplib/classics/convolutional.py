@@ -40,9 +40,9 @@ class ConvolutionalNetwork(Model):
 class Convolutional(Architecture):
     """Convolutions between layers of hard-sigmoid units, each with its transpose as feedback; False for the ordinary network.
 
-    The published network pools the largest of four units, where the energy has kinks at which a phase jumps to and fro: it took
-    several times as many steps. A convolution of stride 2 and one pixel more holds that of stride 1 with the mean of
-    four units as a special case, and its energy is smooth.
+    The published network pools the largest of four units, where the energy has kinks at which a phase can jump to and fro. A
+    convolution of stride 2 and one pixel more holds that of stride 1 with the mean of four units as a special case, and its
+    energy is smooth.
     """
 
     channels: tuple[Positive, ...] = (32, 64)
