@@ -55,9 +55,11 @@ def create(name: str, root: Path = ROOT) -> list[str]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PipelineError(f"{name!r} is no name for an experiment: lower-case letters, digits and _, a letter first")
-    taken = {*RESERVED, *notebook_names(root), *(group for profile in SIZES for group in load_profile(profile, root).get("runs") or {})}
+    groups = {group for profile in SIZES for group in load_profile(profile, root).get("runs") or {}}
+    taken = {*RESERVED, *notebook_names(root), *groups}
     if name in taken:
-        raise PipelineError(f"there is an experiment, or a folder of results, {name!r} already; taken are {', '.join(sorted(taken))}")
+        raise PipelineError(f"there is an experiment, or a folder of results, {name!r} already; taken are "
+                            f"{', '.join(sorted(taken))}")
     made = {}
     for profile, sizes in SIZES.items():
         path = root / "pipelines" / "profiles" / f"{profile}.yaml"
