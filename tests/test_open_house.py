@@ -72,11 +72,9 @@ class Slowing(solvers.Relaxation):
 
     slow: float = 1e-3
 
-    in_kernel = False
-
-    def _move(self, state, push, residual, best, history):
+    def next(self, state, push, residual, best, history):
         step = torch.where(residual < self.slow, self.step / 2, self.step)
-        return state + step.view(-1, 1, 1) * push
+        return state + step.view(-1, *(1,) * (push.dim() - 1)) * push
 
 
 class Counted(tasks.Dataset):
@@ -125,7 +123,7 @@ runs:
 """
 SEEN = """
 import json
-from eplib import plotting
+from eplib import plotting, solvers
 from eplib.store import Store
 
 plotting.use("own")
@@ -134,7 +132,10 @@ fig, (ax,) = plotting.figure("column")
 for run in runs:
     plotting.seeds(ax, run.curve["step"], [run.curve["loss"]], run.config.arm)
 plotting.save(fig, "F1", "own", "tiny")
+inputs, _ = run.config.data.load(batch=run.config.batch, context=4).batch(0)
+slowing, plain = run.config.solver, solvers.Relaxation(step=0.9, max_steps=60, tol=1e-5)
 print(json.dumps([{
+    "steps": [run.model().settle(inputs, solver).steps.tolist() for solver in (slowing, plain)],
     "arm": run.config.arm,
     "kinds": [one.kind for one in (run.config.data, run.config.model.block, run.config.estimator, run.config.solver,
                                    *run.config.penalties)],
@@ -171,6 +172,7 @@ def test_a_file_of_ones_own_is_trained_stored_found_again_and_drawn(house):
         assert one["kinds"] == ["mine:Count", "mine:Leaky", "mine:Neumann" if one is series else "DyadicEP", "mine:Slowing",
                                 "mine:Decay"]
         assert one["final"] < one["start"] - 0.2 and one["settled"] == 1 and "penalty" in one["columns"]
+        assert all(slowing > plain + 2 for slowing, plain in zip(*one["steps"], strict=True))  # the solver's own `next`
         assert one["current"] and "block.mix.weight" in one["weights"]
     assert "terms" in series["columns"] and "terms" not in corrected["columns"]
     assert series["final"] == pytest.approx(corrected["final"], abs=0.01)  # the same gradient, found in two ways
@@ -190,4 +192,5 @@ def test_a_package_that_is_installed_for_good_works_from_the_repository_s_folder
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     found, *folders = done.stdout.splitlines()
-    assert found == f"{tmp_path / 'eplib' / '__init__.py'} 53" and folders == [str(REPOSITORY)] * 4
+    there = len(list((REPOSITORY / "results" / "paper" / "runs" / "mnist").glob("*/config.json")))
+    assert there and found == f"{tmp_path / 'eplib' / '__init__.py'} {there}" and folders == [str(REPOSITORY)] * 4

@@ -4,6 +4,7 @@ import torch
 import eplib
 from eplib import estimators
 from eplib.blocks import Jacobian
+from eplib.config import configuration
 from eplib.diagnostics import agreement
 from eplib.solvers import (
     Anderson,
@@ -11,6 +12,7 @@ from eplib.solvers import (
     MixedPrecision,
     Relaxation,
     Snapshot,
+    Solver,
     Status,
     Substitution,
     norm,
@@ -291,6 +293,60 @@ def test_mixed_precision_is_refused_where_it_would_do_nothing(compiled_kernel):
     for phases in ({"solver": MixedPrecision()}, {"solver": Anderson(), "nudged": MixedPrecision()}):
         with pytest.raises(ValueError, match=r"MixedPrecision .* would do nothing to the compiled kernel"):
             eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), backend="compiled", **phases)
+
+
+@configuration
+class Watched(Relaxation):
+    """Plain relaxation that counts its moves."""
+
+    def next(self, state, push, residual, best, history):
+        MOVES.append(len(state))
+        return super().next(state, push, residual, best, history)
+
+
+MOVES: list[int] = []
+
+
+@pytest.mark.parametrize("estimator", [estimators.DyadicEP(), estimators.AsymEP(beta=0.01)], ids=lambda one: one.kind)
+def test_a_solver_of_ones_own_makes_every_move_whatever_computes_the_forces(compiled_kernel, estimator):
+    model, inputs, targets = transformer(init=0.5)
+    model, phase = model.float(), {"step": 0.5, "max_steps": 200, "tol": 1e-5}
+    truth = eplib.gradient(model, inputs, targets, estimator=estimator, solver=Relaxation(**phase))
+    for backend in ("torch", "compiled"):
+        MOVES.clear()
+        found = eplib.gradient(model, inputs, targets, estimator=estimator, solver=Watched(**phase), backend=backend)
+        assert len(MOVES) == int(found.free.steps.max() + found.nudged.steps.max()) > 20
+        assert agreement(found.grads, truth.grads)["total"].cosine > 0.9999
+
+
+def test_the_kernel_has_no_loop_for_a_solver_that_overrides_one_unless_it_says_so():
+    class Own:
+        def next(self, state, push, residual, best, history):
+            return state
+
+    class Alone(Own, Solver):
+        pass
+
+    def of(*bases, **named):
+        return type("Mine", bases, named).in_kernel
+
+    assert of(Relaxation) and of(Anderson, patience=3) and Substitution.in_kernel
+    assert not (of(Own, Relaxation) or of(Relaxation, Alone) or of(Watched) or MixedPrecision.in_kernel)
+    for name in ("next", "history", "solve"):
+        assert not of(Anderson, **{name: lambda *_: None})
+        assert of(Anderson, **{name: lambda *_: None, "in_kernel": True})
+    assert not (of(Relaxation, latest=True) or of(Relaxation, hindsight=True))
+
+
+@pytest.mark.parametrize("missing", ["step", "max_steps", "tol"])
+def test_a_solver_without_a_step_a_horizon_or_a_tolerance_is_refused_when_it_is_defined(missing):
+    given = {"step": float, "max_steps": int, "tol": float}
+    with pytest.raises(TypeError, match=f"Mine is a Solver without {missing}; .*solvers.Relaxation"):
+        configuration(type("Mine", (Solver,), {"__annotations__": {name: given[name] for name in given if name != missing}}))
+    mine = configuration(type("Mine", (Solver,), {"__annotations__": given}))
+    fixed = configuration(type("Mine", (Solver,), {"step": 0.5, "max_steps": 9, "tol": 0.0}))
+    for solver in (mine(step=0.5, max_steps=9, tol=0.0), fixed()):
+        assert solver.solve(torch.neg, torch.ones(1, 2)).steps.tolist() == [9]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

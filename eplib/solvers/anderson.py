@@ -53,8 +53,6 @@ class MixedPrecision(Anderson):
 
     coarse: Annotated[float, Field(gt=0)] = 1e-2
 
-    in_kernel = False
-
 
 def _flat(a: Tensor) -> Tensor:
     return (torch.view_as_real(a) if a.is_complex() else a).flatten(1)  # (B, ...) -> (B, n), real

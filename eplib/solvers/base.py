@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import core_schema
 from torch import Tensor
 
 from ..dynamics import InKernel, LinearInKernel, projection
@@ -16,10 +17,16 @@ from .solution import Solution, norm, refuse_rounding, relative_force
 Step = Annotated[float, Field(gt=0, le=2)]
 Count = Annotated[int, Field(ge=1)]
 Tolerance = Annotated[float, Field(ge=0)]
+LOOP = ("next", "history", "solve", "latest", "hindsight", "coarse")  # what the kernel's loops have of their own
 
 
 class Solver(Family):
-    """A family: one of your own says how it moves (`next`), or how it settles a force (`solve`)."""
+    """A family: one of your own says how it moves (`next`), or how it settles a force (`solve`).
+
+    A member has `step`, `max_steps` and `tol`, as fields or fixed, of its own or by inheriting from `Relaxation`; TypeError
+    names one that it lacks. The compiled kernel's loops know nothing of what a subclass overrides: its phases are solved by
+    `solve`, unless it says `in_kernel` itself.
+    """
 
     in_kernel = False  # whether the compiled kernel has this solver's loop
     latest = False  # whether the last iterate is returned instead of the lowest-residual one
@@ -36,6 +43,22 @@ class Solver(Family):
 
         @property
         def tol(self) -> float: ...
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        said = next(one for one in cls.__mro__ if "in_kernel" in vars(one))
+        if any(getattr(cls, name) is not getattr(said, name, None) for name in LOOP):
+            cls.in_kernel = False
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        fields = vars(cls).get("__dataclass_fields__")
+        if fields is not None:
+            missing = [name for name in ("step", "max_steps", "tol") if name not in fields and not hasattr(cls, name)]
+            if missing:
+                raise TypeError(f"{cls.__qualname__} is a Solver without {', '.join(missing)}; a solver has step, max_steps "
+                                "and tol: declare each as a field (tol: float = 1e-4), or inherit from solvers.Relaxation")
+        return super().__get_pydantic_core_schema__(source, handler)
 
     def limited(self, steps: int) -> "Solver":
         """This solver with a horizon of `steps`."""
