@@ -86,10 +86,10 @@ def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
     """The verdict on what the results file holds, and why, where it is not decided."""
     several = isinstance(found, dict)
     shown = found.get("mean", found.get("value")) if several else found
-    if shown is None:
-        return UNDECIDED, "missing"
     if profile not in claim["decided_at"]:
         return UNDECIDED, "not at this profile"
+    if shown is None:
+        return UNDECIDED, "missing"
     if several and found.get("undecided"):
         return UNDECIDED, found["undecided"]
     if not claim.get("seeds"):

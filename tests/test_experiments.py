@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eplib import verdicts
-from eplib.experiments import architectures, branches, mnist, seeds, shakespeare
+from eplib import plotting, verdicts
+from eplib.experiments import architectures, branches, mnist, screen, seeds, shakespeare
+from eplib.store import records
 from eplib.store.comparisons import compare
 
 
@@ -54,6 +55,13 @@ def test_a_mean_decides_from_three_seeds_whose_samples_settled():
                                              ((0.0,), "not decided")])
 def test_two_arms_are_equivalent_within_a_margin_different_both_or_neither(gaps, words):
     assert seeds.relation(compare(list(gaps)), arm("a", 1.0), 0.3) == words
+
+
+def test_an_annealed_run_that_diverged_leaves_the_largest_rate_of_the_others():
+    some = arm("reference_annealed", 60.0, 70.0, audit=[0.5])
+    some[1].metrics["rate_arnoldi"] = None
+    assert mnist.annealing_rows({"reference_annealed": some})[0][6] == 0.9
+    assert mnist.annealing_rows({"reference_annealed": some[1:]})[0][6] is None
 
 
 def test_a_row_of_accuracies_is_the_mean_its_deviation_and_the_difference_to_backprop():
@@ -147,6 +155,66 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     early, late = branches.rows(runs, "linear", margin=0.01)
     assert early[:1] + early[2:] == [100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100"]
     assert late[:1] + late[2:5] == [200, 1, "+0.5000", seeds.UNDECIDED]
+    found = branches.summary(runs, "linear")
+    assert found["two_minus_linear_100"] == {"mean": pytest.approx(0.002), "low": pytest.approx(0.002 - half),
+                                             "high": pytest.approx(0.002 + half), "n": 3}
+    assert set(found) == {"two_minus_linear_100", "two_minus_linear_200"} and found["two_minus_linear_200"]["n"] == 1
+
+
+def screened(arm: str, loss: float | None, abscissas: list[float], rate: float | None, seed: int = 0, settled: float = 1.0):
+    """A run of the screen with an evaluation each 50 of its 100 updates; NaN where the phase diverged."""
+    found = run(arm, 50.0, seed, settled=settled)
+    found.config.model.explicit = arm == "backprop"
+    found.config.first = 0
+    found.metrics |= {"rate_arnoldi": rate, "force_evaluations": 300}
+    found.metrics["final"]["loss"] = loss
+    seen = np.array(abscissas)
+    found.curve = {"step": np.array([50, 100]), "abscissa": seen, "frequency": 0 * seen, "abscissa_residual": 0 * seen,
+                   "rate_held": seen + 1, "rate_seen": np.full(2, 0.5)}
+    return found
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_diverged_run_of_the_screen_is_shown_as_not_measured_whatever_its_place(turned):
+    """One seed diverges along the way, one arm altogether: neither hides what the others measured."""
+    lost = float("nan")
+    both = [screened("token", 1.8, [-0.9, -0.2], 1.4), screened("token", None, [-0.5, lost], None, seed=1)]
+    arms = {"gone": [screened("gone", None, [lost, lost], None)], "token": both[::-1] if turned else both,
+            "plane": [screened("plane", 1.7, [-0.3, -0.4], 1.2)], "backprop": [screened("backprop", 1.6, [lost, lost], None)]}
+    table = screen.rows(arms)
+    assert [row[3] for row in table] == [1.6, 1.7, None, None]  # what has no finite loss is last
+    assert [row[5:8] for row in table] == [[None] * 3, [-0.4, 0.0, 1.2], [None] * 3, [-0.2, 0.0, 1.4]]
+    found = screen.summary(arms)
+    assert found["token_abscissa"]["value"] == -0.2
+    assert "in 1 of 2 runs the phase diverged" in found["token_abscissa"]["undecided"]
+    assert found["gone_abscissa"]["value"] is None and found["gone_missed"] is None
+    assert found["token_missed"] == pytest.approx(0.3) and "backprop_abscissa" not in found
+
+
+def test_the_claims_on_the_screen_are_decided_by_seeds_that_were_not_known():
+    arms = {"token": [screened("token", 1.8, [-0.9, -0.01], 1.4, settled=0.5),
+                      screened("token", 1.7, [-0.4, -0.3], 1.4, seed=1)],
+            "token_two": [screened("token_two", 1.75, [-0.15, -0.6], 1.4, seed=1, settled=0.995)],
+            "backprop": [screened("backprop", 1.9, [0, 0], None, seed) for seed in (0, 1)]}
+    found = screen.summary(arms)
+    assert found["later_settled"] == 99.5 and found["later_abscissa"]["value"] == -0.15  # any evaluation, also an early one
+    assert found["later_token_minus_backprop"]["mean"] == pytest.approx(-0.2) and found["later_token_minus_backprop"]["n"] == 1
+    assert found["token_abscissa"]["value"] == -0.01 and found["token_minus_backprop"]["n"] == 2
+    known = screen.summary({arm: arms[arm][:1] for arm in ("token", "backprop")})
+    assert known["later_settled"] is known["later_abscissa"] is None and known["later_token_minus_backprop"]["n"] == 0
+    assert "-0.010" in " ".join(screen.reading(found)) and "decides nothing" in screen.reading(found)[0]
+
+
+def test_the_settings_of_the_screen_tell_apart_arms_that_differ_in_more_than_their_labels():
+    configs = {config.arm: SimpleNamespace(config=config) for config in records.configurations("paper", "screen")}
+    table = {row[0]: row[1:] for row in screen.settings({arm: [one] for arm, one in configs.items()})}
+    labels = {arm: plotting.label(arm) for arm in configs}
+    assert labels["backprop"] not in table
+    assert table[labels["token"]][1:5] == ["0.975", "0.25", "integrated", "apart"]
+    assert table[labels["token_fixed"]][1:5] == ["0.975", "0.25", "200", "together"]
+    assert table[labels["plane"]][1:5] == ["0.95", "0.5", "200", "together"]
+    assert table[labels["uncontrolled"]] == ["none", "-", "-", "-", "-", 0.5, 32, None]
+    assert table[labels["token_bptt"]][5] == 0.25 and table[labels["leading"]][1:3] == ["-0.3", "0.3"]
 
 
 def test_an_audit_is_near_where_its_phase_settled_and_its_trajectories_stayed_close():

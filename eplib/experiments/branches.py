@@ -34,3 +34,10 @@ def rows(runs: Iterable[Run], against: str, margin: float) -> list[list]:
             found.append([step, plotting.label(arm), seen.pairs, interval(seen, 4),
                           relation(seen, [*arms[arm], *arms.get(against, [])], margin), tables.settled_cell(arms[arm])])
     return sorted(found, key=lambda row: row[:2])
+
+
+def summary(runs: Iterable[Run], against: str) -> dict[str, dict]:
+    """For each rule and each update that branches began after how far its final loss is from that of the rule `against`, as
+    results files hold it (`tables.paired`): {"two_minus_linear_2000": {mean, low, high, n}, ...}."""
+    return {f"{arm}_minus_{against}_{step}": tables.paired(arms, arm, against)
+            for step, arms in by_step(runs).items() for arm in sorted(arms.keys() - {against})}

@@ -13,6 +13,7 @@ from ..store.comparisons import Comparison, compare, differences, excursions, me
 from ..store.runs import Run
 from ..verdicts import FAILS, FEWEST, HOLDS, UNDECIDED
 from .seeds import interval, judge, relation, shown
+from .stability import largest_rate
 
 MARGIN = 0.3  # points of test accuracy
 CONTROLS = ("frozen", "shuffled", "flipped")  # negative controls, which do not follow the gradient
@@ -99,7 +100,7 @@ def annealing_rows(by_arm: Arms) -> list[Row]:
     """A row for each arm of the annealing: accuracy, largest fall, steps lost, rate and lowest cosine of the audits."""
     return [[plotting.label(arm), len(some), statistics.fmean(accuracies(some)), max(map(fall, some)),
              sum(run.metrics["excursions"] for run in some), sum(map(tables.without_gradient, some)),
-             max(run.metrics["rate_arnoldi"] for run in some), min(float(audits(run, "cosine")[1].min()) for run in some)]
+             largest_rate(some), min(float(audits(run, "cosine")[1].min()) for run in some)]
             for arm, some in by_arm.items()]
 
 

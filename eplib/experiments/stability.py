@@ -78,18 +78,26 @@ def over_seeds(runs: Iterable[Run], like: RunConfig) -> dict:
     return tables.interval(map(statistics.fmean, seeds.values()), _unmeasured(chosen))
 
 
-def crossing(runs: Iterable[Run]) -> dict | None:
-    """The rightmost mode of some runs as results files hold it: value, frequency of the same mode, n runs, how many crossed
-    zero, how many of these in a complex pair; `undecided` where some abscissas are no measurement. None without a run."""
+def crossing(runs: Iterable[Run], since: float = 0.0) -> dict | None:
+    """The rightmost mode of some runs after this share of their updates, as results files hold it: value and frequency of the
+    same mode (None where every phase diverged), n runs, how many crossed zero, how many of these in a complex pair; `undecided`
+    where some abscissas are no measurement. None without a run."""
     runs = list(runs)
     if not runs:
         return None
-    modes = [rightmost(run) for run in runs]
+    modes = [rightmost(run, since) for run in runs]
     first = max(modes, key=lambda mode: -math.inf if math.isnan(mode.abscissa) else mode.abscissa)
     crossed = [mode for mode in modes if mode.crossed]
     why = _unmeasured(runs)
-    return {"value": first.abscissa, "frequency": first.frequency, "n": len(modes), "crossed": len(crossed),
-            "oscillating": sum(mode.oscillates for mode in crossed)} | ({"undecided": why} if why else {})
+    known = not math.isnan(first.abscissa)
+    return {"value": first.abscissa if known else None, "frequency": first.frequency if known else None, "n": len(modes),
+            "crossed": len(crossed), "oscillating": sum(mode.oscillates for mode in crossed)} | (
+                {"undecided": why} if why else {})
+
+
+def largest_rate(runs: Iterable[Run]) -> float | None:
+    """The largest spectral radius of some runs' maps at their last weights; None where every phase diverged there."""
+    return max((rate for run in runs if (rate := run.metrics["rate_arnoldi"]) is not None), default=None)
 
 
 def listed(runs: Iterable[Run], digits: int = 3) -> str:
