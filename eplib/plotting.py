@@ -164,7 +164,7 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
         print(f"{name}: no run recorded")
         return None
-    if profile == "smoke" and not any(text.get_text() == SMOKE for text in fig.texts):
+    if name_of(profile) == "smoke" and not any(text.get_text() == SMOKE for text in fig.texts):
         fig.text(
             0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10
         )

@@ -7,8 +7,11 @@ from typing import Any
 
 from . import settings
 from .config import ConfigurationError, digest, parse, sparse
+from .models import Architecture
 from .settings import ROOT
 from .training import RunConfig
+
+IMPLIED = {"model": Architecture.default}  # the kind that is meant where a mapping of this name names none
 
 
 def load_profile(profile: str, root: Path = ROOT) -> dict:
@@ -93,11 +96,13 @@ def _nest(key: str, value: Any) -> dict:
 
 
 def _merge(base: dict, changes: dict) -> dict:
-    """`base` with `changes` laid over it; mappings merge unless they name two different kinds."""
+    """`base` with `changes` laid over it; mappings merge unless they name two different kinds. A change without a kind is of
+    the one that is there."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and len({old.get("kind"), value.get("kind")} - {None}) < 2:
-            value = _merge(old, value)
+        if isinstance(old, dict) and isinstance(value, dict):
+            kinds = {old.get("kind", IMPLIED.get(key)), value.get("kind")} - {None}
+            value = _merge(old, value) if len(kinds) < 2 else value
         merged[key] = value
     return merged

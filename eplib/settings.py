@@ -12,6 +12,8 @@ from typing import Any
 
 from .files import ROOT, read_yaml
 
+KEYS = ("profile", "stale", "sample", "plugins", "notebooks", "runs")  # of a profile's file
+STALE = ("keep", "retrain")  # what becomes of a run that older source recorded
 LOOK = ("label", "colour", "line")  # what an arm says of its looks; the rest of it is configuration
 # seaborn's palette "colorblind" (after Okabe and Ito), written out: importing seaborn takes longer than most
 # notebooks' figures.
@@ -45,6 +47,12 @@ def name_of(profile: str) -> str:
     return Path(profile).stem if profile.endswith(".yaml") else profile
 
 
+def in_repository(profile: str, root: Path = ROOT) -> bool:
+    """Whether a profile is one of those in pipelines/profiles/, by its name or by its path."""
+    folder = (root / "pipelines" / "profiles").resolve()
+    return not profile.endswith(".yaml") or Path(profile).expanduser().resolve().parent == folder
+
+
 def path_of(profile: str, root: Path, refused: type[Exception]) -> Path:
     """The file of a profile: pipelines/profiles/<profile>.yaml, or the path of a .yaml file anywhere.
 
@@ -60,7 +68,7 @@ def path_of(profile: str, root: Path, refused: type[Exception]) -> Path:
     path = Path(profile).expanduser().resolve()
     if not path.is_file():
         raise refused(f"there is no profile file {profile}; give the path of a .yaml file, or one of {', '.join(known(root))}")
-    if path.stem in known(root) and path.parent != (root / "pipelines" / "profiles").resolve():
+    if path.stem in known(root) and not in_repository(profile, root):
         raise refused(f"{profile}: this repository has a profile {path.stem!r}, whose results lie in results/{path.stem}; "
                       "rename the file")
     return path
@@ -70,6 +78,13 @@ def load(profile: str, root: Path, refused: type[Exception]) -> dict[str, Any]:
     """What a profile's file says. Raises `refused` with file, line and what is wrong if it cannot be read or is no profile."""
     path = path_of(profile, root, refused)
     found = mapping(read_yaml(path, refused), path.name, refused)
+    if unknown := [str(key) for key in found if key not in KEYS]:
+        raise refused(f"{path.name}: unknown key {', '.join(unknown)}; a profile has {', '.join(KEYS)}")
+    if (stale := found.get("stale", "keep")) not in STALE:
+        raise refused(f"{path.name}, stale: got {stale!r}; what older source recorded is {' or '.join(STALE)}")
+    sample = found.get("sample", 0)
+    if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
+        raise refused(f"{path.name}, sample: got {sample!r}; give a number of tokens, 0 for no sample")
     for experiment, families in mapping(found.get("runs"), f"{path.name}, runs", refused).items():
         if not isinstance(families, list | None):
             raise refused(f"{path.name}, runs.{experiment}: got {families!r}; an experiment is a list of families")
@@ -122,11 +137,12 @@ def looks(profile: str, root: Path = ROOT, refused: type[Exception] = ValueError
     found = mapping(read_yaml(shared, refused) if shared.is_file() else {}, shared.name, refused)
     own: dict[str, dict] = {}
     for experiment, families in (load(profile, root, refused).get("runs") or {}).items():
+        where = f"{name_of(profile)}.yaml, runs.{experiment}"
         for family in families or []:
-            for arm, changes in ((family or {}).get("arms") or {}).items():
+            for arm, changes in mapping(mapping(family, where, refused).get("arms"), f"{where}, arms", refused).items():
                 for key, value in _look_in(changes).items():
                     if own.setdefault(arm, {}).setdefault(key, value) != value:
-                        raise refused(f"{name_of(profile)}.yaml, runs.{experiment}, arm {arm}: {key} is {value!r} here and "
+                        raise refused(f"{where}, arm {arm}: {key} is {value!r} here and "
                                       f"{own[arm][key]!r} elsewhere in this profile; an arm has one")
     return {arm: _look(arm, {**_look_in(found.get(arm)), **own.get(arm, {})}, refused) for arm in {**found, **own}}
 
@@ -138,8 +154,20 @@ def _look_in(changes: Any) -> dict:
 def _look(arm: str, given: dict, refused: type[Exception]) -> Look:
     default = default_look(arm)
     line = given.get("line", default.line)
+    if line not in LINES and not _is_dashes(line):
+        raise refused(f"arm {arm}: line {line!r}; a line is one of {', '.join(map(repr, LINES))}, or [0, [6, 1]]: an offset "
+                      "and an even number of lengths in points, drawn and left out in turn")
     look = Look(given.get("label", arm), given.get("colour", default.colour),
                 (line[0], tuple(line[1])) if isinstance(line, list) else line)
     if not isinstance(look.label, str) or not re.fullmatch("#[0-9a-fA-F]{6}", str(look.colour)):
         raise refused(f"arm {arm}: label {look.label!r}, colour {look.colour!r}; a label is text, a colour is '#rrggbb'")
     return look
+
+
+def _is_dashes(line: Any) -> bool:
+    """Whether a line is [offset, [drawn, left out, ...]], in points."""
+    if not isinstance(line, list) or len(line) != 2 or not isinstance(line[1], list):
+        return False
+    offset, lengths = line
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in (offset, *lengths))
+    return numbers and sum(lengths) > 0 and len(lengths) % 2 == 0

@@ -112,7 +112,12 @@ def _foreign(one: type) -> str:
     try:
         return inspect.getsource(sys.modules[one.__module__])
     except (OSError, TypeError):  # of a notebook's cell
+        pass
+    try:
         return dedent(inspect.getsource(one))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"the source of {one.__name__} is not to be had, and a run is named by it: a class from `python -c` "
+                         "or a prompt goes into a file or a notebook's cell") from error
 
 
 def _file(module: str) -> Path | None:

@@ -56,7 +56,8 @@ class Trainer:
         """folder: where the checkpoint, the kept weights and states go. device: where the run is trained, e.g. "cuda". backend:
         what computes its phases. origin: the state that a run with a `branch` begins with.
 
-        Raises ValueError for an origin, or a checkpoint, of another model or configuration.
+        Raises ValueError for a checkpoint of another configuration, and for an origin whose weights have other names or shapes
+        than the model's.
         """
         self.config, self.folder, self.backend = config, Path(folder), backend
         self.task = build_task(config, root)

@@ -93,7 +93,7 @@ def page(title: str, body: str, profile: str) -> str:
     """A whole HTML page."""
     from pygments.formatters import HtmlFormatter
 
-    banner = '<p class="smoke">smoke profile: proves nothing</p>' if profile == "smoke" else ""
+    banner = '<p class="smoke">smoke profile: proves nothing</p>' if name_of(profile) == "smoke" else ""
     code = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'

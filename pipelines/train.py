@@ -140,10 +140,12 @@ class Agenda:
         if time.monotonic() - self.looked < BUSY_SECONDS:
             return None
         for config in list(self.waiting):
+            if self._awaits(config):
+                continue
             if self.store.find(config):
                 self.waiting.remove(config)
-                self.finished(config, "done by another command")
-            elif not self.store.holder(config) and not self._awaits(config):
+                self.finished(config, "recorded already")
+            elif not self.store.holder(config):
                 self.waiting.remove(config)
                 self.given.append(config)
                 return config
@@ -274,6 +276,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     store = Store(options.profile)
     absent = [config for config in wanted if store.find(config) is None]
+    begun = {f"{config.experiment}/{run_folder(config)}" for config in absent} if store.stale == "retrain" else set()
+    # a run that goes on from one that is trained again is, too, unless that keeps the same state
+    absent = [config for config in wanted if config in absent or (config.branch and config.branch.run in begun)]
     print(f"{options.profile}: {len(wanted)} runs, {len(wanted) - len(absent)} recorded, {len(absent)} to train", flush=True)
     if absent and options.device == "cpu" and not available():
         print("the compiled kernel is not built: PyTorch computes everything, two to four times as slowly "

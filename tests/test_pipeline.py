@@ -19,7 +19,7 @@ import yaml
 from eplib import log, plotting, profiles, settings
 from eplib.config import ConfigurationError
 from eplib.store import records
-from pipelines import cells, common, imports, new, notebook, plan, stages
+from pipelines import cells, common, imports, new, notebook, plan, report, stages
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -566,10 +566,23 @@ def test_what_an_arm_says_of_its_looks_is_no_part_of_its_configuration(tmp_path)
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (("#123456", "red"), "colour 'red'.*#rrggbb"), (('"my rule, damped"', "3"), "label 3.*text")])
+    (("#123456", "red"), "colour 'red'.*#rrggbb"), (('"my rule, damped"', "3"), "label 3.*text"),
+    (('"#123456"', '"#123456", line: nonsense'), "line 'nonsense'; a line is one of '-', '--'"),
+    (('"#123456"', '"#123456", line: [0]'), r"line \[0\]; .* \[0, \[6, 1\]\]"),
+    (('"#123456"', '"#123456", line: [0, [6]]'), r"line \[0, \[6\]\]; .*an even number of lengths"),
+    (("    - common:", "    - foo\n    - common:"), r"mine.yaml, runs.toy: got 'foo'; give a mapping")])
 def test_a_look_that_cannot_be_drawn_is_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         plotting.use(profile_file(tmp_path, ARMS.replace(*change)))
+
+
+def test_smoke_says_that_it_proves_nothing_by_its_path_too(tmp_path):
+    fig, _ = plotting.figure()
+    (tmp_path / "pipelines" / "profiles").mkdir(parents=True)
+    plotting.save(fig, "F1", "pipelines/profiles/smoke.yaml", "toy", root=tmp_path)
+    assert plotting.SMOKE in [text.get_text() for text in fig.texts]
+    assert (tmp_path / "figures" / "smoke" / "toy" / "F1.svg").exists()
+    assert plotting.SMOKE in report.page("toy", "", "pipelines/profiles/smoke.yaml")
 
 
 def test_an_arm_has_one_look_in_a_profile(tmp_path):

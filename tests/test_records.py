@@ -1,9 +1,11 @@
 """The run store, profiles, and the command that fills the store."""
 
 import gzip
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import eplib
-from eplib import checkpoints, data, diagnostics, profiles
+from eplib import blocks, checkpoints, data, diagnostics, profiles
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
-from eplib.estimators import OneStep
+from eplib.estimators import AsymEP, OneStep
 from eplib.runconfig import Branch
 from eplib.solvers import FixedHorizon
 from eplib.store import formats, records
@@ -296,6 +298,10 @@ def test_merging_replaces_a_block_of_another_kind_and_completes_one_of_the_same(
         assert merge(base, {"estimator": more})["estimator"] == {"kind": "AsymEP", "beta": 0.1, "steps": 2}
     assert merge(base, {"solver": {"kind": "Relaxation"}})["solver"] == {"kind": "Relaxation", "step": 0.5}
     assert merge(base, {"list": [], "n": {"a": 1}}) == base | {"list": [], "n": {"a": 1}}
+    shaped = {"model": {"width": 8}}  # a Transformer, which need not be said
+    assert merge(shaped, {"model": {"kind": "LayeredHopfield"}})["model"] == {"kind": "LayeredHopfield"}
+    assert merge(shaped, {"model": {"kind": "Transformer"}})["model"] == {"kind": "Transformer", "width": 8}
+    assert merge({"model": {"kind": "LayeredHopfield"}}, {"model": {"a": 1}})["model"] == {"kind": "LayeredHopfield", "a": 1}
     assert base["solver"] == {"step": 0.5}  # untouched
 
 
@@ -520,6 +526,37 @@ def test_a_run_is_extended_with_its_moments_and_stays_when_the_profile_is_pruned
     assert not list((store.checkpoints / "states").rglob(run.name))
 
 
+def test_an_extended_run_keeps_the_beta_at_which_its_annealing_ended(root, monkeypatch):
+    run = Store("x", root).run(config(steps=3, keep=(), optimiser=EVER, estimator=AsymEP(beta=0.1, steps=4), anneal=0.2))
+    assert run.log["beta"].tolist() == pytest.approx([0.1, 0.15, 0.2])
+    assert run.extend(2).log["beta"].tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_a_branch_is_stale_when_its_origin_has_another_state(command, root, capsys):
+    """A recorded origin without its state is a dead end that the message leads out of."""
+    write_profile(root, BRANCHED)
+    origin, linear, _ = configurations("x", "tiny", root)
+    store = Store("x", root)
+    first = store.run(origin)
+    state = store.kept_state(linear.branch)
+    branched = store.run(linear)
+    assert branched.provenance["origin"] == hashlib.sha256(state.read_bytes()).hexdigest() and branched.current
+    before, scratch, losses = state.read_bytes(), store.scratch(linear), branched.log["loss"].tolist()
+    tensors, header = checkpoints.read(state)
+    checkpoints.write(state, {name: value + 0.01 * name.startswith("model") for name, value in tensors.items()}, header)
+    assert not branched.current and store.find(linear) is None
+    assert store.scratch(linear) != scratch  # what began from the old state is not gone on from
+    assert store.run(linear).current and store.run(linear).log["loss"][0] != losses[0]
+    (first.folder / "metrics.json").unlink()  # trained again, the origin has its first state
+    assert command() == 0 and "failed" not in capsys.readouterr().out
+    assert state.read_bytes() == before and store.find(linear).log["loss"].tolist() == losses
+    state.unlink()
+    (state.parent / f".{state.name}.elsewhere.1-0.partial").touch()  # a writer's that was killed
+    assert store.find(linear).current  # nothing here says otherwise
+    with pytest.raises(FileNotFoundError, match=rf"remove {re.escape(str(first.folder))} and train it again"):
+        store.kept_state(linear.branch)
+
+
 def test_a_run_that_cannot_go_on_says_why(root, tmp_path):
     store, short = Store("x", root), config(steps=3, keep=())
     run = store.run(short)
@@ -529,6 +566,9 @@ def test_a_run_that_cannot_go_on_says_why(root, tmp_path):
     other = replace(short, steps=4, model=replace(short.model, width=4), branch=Branch(run=name, step=3))
     with pytest.raises(ValueError, match=r"which is of another model: size mismatch"):
         store.run(other)
+    thin = replace(short, steps=4, model=replace(short.model, block=blocks.Thin()), branch=Branch(run=name, step=3))
+    with pytest.raises(ValueError, match=r"which is of another model: "):
+        store.run(thin)
     with pytest.raises(ValueError, match="give the state of that run as origin"):
         Trainer(other, tmp_path, root / "data")
     for wrong in ({"steps": 3}, {"steps": 5, "keep": (3,)}):
@@ -615,7 +655,7 @@ def test_what_is_no_trained_model_is_refused_with_what_it_lacks(recorded, tmp_pa
 
 # --- text
 
-def test_text_is_generated_from_a_stored_checkpoint_and_travels_with_a_run_whose_profile_asks_for_it(recorded, root):
+def test_text_is_generated_from_a_checkpoint_and_travels_with_a_run_whose_profile_asks_for_it(recorded, root, monkeypatch):
     _, run, wanted = recorded
     assert run.sample is None  # profile x asks for none
     drawn = run.generate("The king", 12)
@@ -632,6 +672,13 @@ def test_text_is_generated_from_a_stored_checkpoint_and_travels_with_a_run_whose
     travelled = Store("y", root).run(wanted)
     shutil.rmtree(travelled.weights_folder)
     assert travelled.sample == drawn
+    write = records.write_atomically
+    written = list[str]()
+    monkeypatch.setattr(records, "write_atomically", lambda *what: (written.append(what[0].name), write(*what)))
+    (travelled.folder / "metrics.json").unlink()
+    assert Store("y", root).run(wanted).sample == drawn
+    assert written[-2:] == ["sample.txt", "metrics.json"]  # a kill in between leaves no run, not one without its sample
+    shutil.rmtree(travelled.weights_folder)
     with pytest.raises(FileNotFoundError, match="train the run here"):
         travelled.generate()
 

@@ -171,14 +171,16 @@ def test_what_the_tools_keep_between_calls_lies_in_the_folder(toy, monkeypatch):
 def test_a_second_make_repro_is_told_that_one_is_at_work(toy):
     stamp(toy).touch()
     first = subprocess.Popen(["make", "repro"], cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 60
     while not (toy / "began").exists():
         assert first.poll() is None, first.stdout.read()
+        assert time.monotonic() < until, "make repro has not reached dvc"
         time.sleep(0.02)
     for command in ("repro", "paper", "figures"):
         second = make(toy, command)
         assert second.returncode and "Another make repro, paper or figures is at work in this folder" in second.stderr
     (toy / "go").touch()
-    said = first.communicate(timeout=30)[0]
+    said = first.communicate(timeout=60)[0]
     assert first.returncode == 0, said
     assert (toy / "ended").read_text().strip() == str(toy) and make(toy, "repro").returncode == 0
 
@@ -191,7 +193,7 @@ def test_a_second_set_up_waits_for_the_first_and_does_not_install_again(toy):
         waiting = subprocess.Popen(command, cwd=toy, stdout=subprocess.PIPE, text=True)
         assert "another make is setting up .venv; waiting for it" in waiting.stdout.readline()
         stamp(toy).touch()  # the first is done
-    assert "== set-up done" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
+    assert "== set-up done" in waiting.communicate(timeout=60)[0] and waiting.returncode == 0
 
 
 def test_notebooks_run_where_the_home_is_read_only_and_the_temporary_folder_deep(tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def test_a_run_that_another_trains_is_waited_for_or_left(root, monkeypatch):  # 
             store.run(wanted, deadline=time.monotonic() + 0.05)
         waiting = threading.Thread(target=lambda: results.append(store.run(wanted, show=said.append)))
         waiting.start()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not said:
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -294,12 +294,35 @@ def test_a_misspelt_experiment_is_refused_with_those_there_are(root):  # noqa: F
     ("runs: {tiny: [3]}", "x.yaml, runs.tiny: got 3; give a mapping"),
     ("runs: {tiny: [{arms: [a]}]}", "x.yaml, runs.tiny, arms: got .'a'.; give a mapping"),
     ("runs: {tiny: [{arms: {a: 3}}]}", "x.yaml, runs.tiny, arm a: got 3; give a mapping"),
+    ("run: {tiny: }", "x.yaml: unknown key run; a profile has profile, stale, sample, plugins, notebooks, runs"),
+    ("sample: -1", "x.yaml, sample: got -1; give a number of tokens"),
+    ("sample: true", "x.yaml, sample: got True; give a number of tokens"),
 ])
 def test_a_profile_that_cannot_be_read_is_refused_with_file_line_and_what(text, said, root, command, capsys):  # noqa: F811
     write_profile(root, text)
     with pytest.raises(profiles.ConfigurationError, match=said):
         configurations("x", "tiny", root)
     assert command("--list") == 2 and "train: " in capsys.readouterr().err
+
+
+def test_a_misspelt_word_for_what_becomes_of_older_runs_does_not_mean_to_train_them_again(root):  # noqa: F811
+    path = root / "pipelines" / "profiles" / "x.yaml"
+    path.write_text(path.read_text().replace("stale: retrain", "stale: keeep"))
+    with pytest.raises(profiles.ConfigurationError, match=r"x.yaml, stale: got 'keeep'; .* is keep or retrain"):
+        Store("x", root)
+
+
+def test_runs_of_a_profile_outside_the_repository_stay_whoever_shares_its_name(root, tmp_path):  # noqa: F811
+    own = (root / "pipelines" / "profiles" / "x.yaml").read_text()
+    first, second = tmp_path / "a" / "mine.yaml", tmp_path / "b" / "mine.yaml"
+    for path, text in ((first, own), (second, own.replace("ep: , ", ""))):
+        path.parent.mkdir()
+        path.write_text(text)
+    folder = Store(str(first), root)._place(configurations(str(first), "tiny", root)[0]).folder
+    folder.mkdir(parents=True)
+    assert Store(str(second), root).prune("tiny") == [] and folder.exists()
+    (root / "pipelines" / "profiles" / "mine.yaml").write_text(second.read_text())
+    assert Store("mine", root).prune("tiny") == [folder.name] and not folder.exists()
 
 
 # --- the command
@@ -321,7 +344,7 @@ def test_runs_that_another_process_trains_are_left_to_it(root, command, capsys, 
         calls.join(120)
     said = capsys.readouterr().out
     assert codes == [0] and "tiny/bptt-lr0.003-seed0: done (1 of 2" in said and "1 of 1 runs are unfinished" in said
-    assert "tiny/ep-lr0.003-seed0: done by another command (2 of 2" in said
+    assert "tiny/ep-lr0.003-seed0: recorded already (2 of 2" in said
 
 
 def test_workers_are_as_many_as_the_processors_that_this_process_may_use(tmp_path, monkeypatch):

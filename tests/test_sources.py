@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -155,3 +155,14 @@ def test_a_run_trains_alike_where_there_is_no_other_source(tmp_path):
     whole = Trainer(config, tmp_path / "whole").advance(show=lambda _: None).curve[-1]["loss"]
     assert float(alone) == pytest.approx(whole, rel=1e-6) and there == str(tmp_path / "eplib" / "__init__.py")
     assert len(list((tmp_path / "eplib").rglob("*.py"))) < 0.9 * len(list(sources.FOLDER.rglob("*.py")))
+
+
+def test_a_class_without_source_is_refused_with_where_to_put_it():
+    """As one of `python -c` is."""
+    made = dataclass(type("Mine", (), {"__module__": "nowhere"}))
+    sys.modules["nowhere"] = type(sys)("nowhere")
+    try:
+        with pytest.raises(ValueError, match=r"the source of Mine .*`python -c` .* goes into a file"):
+            sources.source_digest(made())
+    finally:
+        del sys.modules["nowhere"]

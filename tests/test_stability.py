@@ -112,3 +112,13 @@ def test_the_gap_is_taken_at_the_best_learning_rate_without_an_excursion():
 def test_a_standard_error_leaves_out_what_is_not_finite():
     assert stability.standard_error([1.0, 3.0, None, math.nan]) == pytest.approx(1.0)  # a deviation of sqrt(2), of two values
     assert stability.standard_error([1.0, None]) is None
+
+
+def test_the_summary_does_not_depend_on_the_order_of_what_diverged_and_needs_no_run():
+    for rates in ([math.nan, 0.9, 0.7], [0.9, math.nan, 0.7], [0.7, 0.9, math.nan]):
+        one = run([-0.4] * 3, [0.0] * 3, [0] * 3, rate_arnoldi=rates, numerical_abscissa=rates)
+        one.config.arm, one.config.penalties, one.metrics = "rate_pair", (), {"final": {"loss": 1.0}, "excursions": 0}
+        found = stability._spectra(stability.Groups([one], [], [], []), config())
+        assert found["controlled_rate"] == 0.9 and found["leading_rate"] is None
+    nothing = stability.summary(stability.Groups([], [], [], []), config())
+    assert nothing["steps"] is nothing["share_controlled_everywhere"] is nothing["controlled_rate"] is None

@@ -203,7 +203,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on_bit_identical(corpus, tm
             assert command.poll() is None and time.monotonic() < until, command.communicate(timeout=10)[0]
             time.sleep(0.005)
         command.kill()
-        said, _ = command.communicate(timeout=20)  # ends when the last process that holds the output has ended
+        said, _ = command.communicate(timeout=60)  # ends when the last process that holds the output has ended
     finally:
         with suppress(ProcessLookupError):  # as it should be: none is left
             os.killpg(command.pid, signal.SIGKILL)

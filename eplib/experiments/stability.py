@@ -162,7 +162,8 @@ def _spectra(groups: Groups, like: RunConfig) -> dict[str, Any]:
     found = {name: crossing(groups.everywhere(arm)) for name, arm in NAMES.items()}
 
     def edge(arm: str, key: str) -> float | None:
-        return max((float(max(run.curve[key])) for run in arms.get(arm, ())), default=None)
+        # an evaluation whose phase diverged has none
+        return max((float(one) for run in arms.get(arm, ()) for one in run.curve[key] if not math.isnan(one)), default=None)
 
     return {
         "uncontrolled_abscissa": over_seeds(groups.everywhere("uncontrolled"), like),
@@ -185,7 +186,7 @@ def _losses(groups: Groups) -> dict[str, Any]:
         "ep_minus_bp_worst": max(differences(tuned, CONTROLLED, "backprop"), default=None),
         "ep_minus_bp_any": tables.paired(free, CONTROLLED, "backprop"),
         "excursions_grid": excursions(ours), "grid_steps": sum(run.config.steps for run in ours),
-        "steps": groups.rivals[0].config.steps,
+        "steps": groups.rivals[0].config.steps if groups.rivals else None,
         **{f"{name}_rate": tuned[arm][0].config.optimiser.lr if arm in tuned else None
            for name, arm in (("ep", CONTROLLED), ("bp", "backprop"))},
         **{key: tables.paired(arms, *pair) for key, pair in pairs.items()}}
@@ -196,6 +197,7 @@ def _shares(groups: Groups) -> dict[str, Any]:
     held = [run for arm in arms if arm.startswith(("rate", "leading")) for run in groups.everywhere(arm)]
     unstable = {name: [run.metrics["excursions"] > 0 for run in groups.robustness if run.config.arm == arm]
                 for name, arm in NAMES.items()}
+    unstable["controlled_everywhere"] = [run.metrics["excursions"] > 0 for run in everywhere]
 
     def lost(runs: Iterable[Run]) -> int:
         return sum(map(tables.without_gradient, runs))
@@ -207,7 +209,6 @@ def _shares(groups: Groups) -> dict[str, Any]:
         "lost_controlled": lost(everywhere), "steps_controlled": sum(run.config.steps for run in everywhere),
         "leading_lost": lost(arms.get("leading", ())), "leading_excursions": excursions(arms.get("leading", ())),
         "pair_lost": lost(arms.get(CONTROLLED, ())), "uncontrolled_lost": lost(arms.get("uncontrolled", ())),
-        "share_controlled_everywhere": statistics.fmean(run.metrics["excursions"] > 0 for run in everywhere),
         **{f"share_{name}": statistics.fmean(some) if some else None for name, some in unstable.items()}}
 
 

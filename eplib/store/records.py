@@ -28,13 +28,13 @@ from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile, run_folder
 from ..provenance import machine, versions
 from ..runconfig import Branch
-from ..settings import name_of
+from ..settings import in_repository, name_of
 from ..sources import source_digest
 from ..training import OutOfTime, Progress, RunConfig, Trainer, fastest_backend, show_on_terminal
 from .comparisons import Comparison, best_of_grid, compare, differences, excursions, mean_loss, spread
 from .formats import to_csv, to_json
 from .leases import Held, holder, lease
-from .runs import PROMPT, Run
+from .runs import PROMPT, Run, digest_of, state_path
 from .summary import evaluations, summarise, windows
 
 __all__ = ["ROOT", "Comparison", "Run", "Store", "best_of_grid", "compare", "configurations", "differences", "excursions",
@@ -120,24 +120,28 @@ class Store:
         return holder(self._lease(config))
 
     def unfinished(self, config: RunConfig) -> list[Path]:
-        """Folders with a checkpoint of the run, of whatever source; only today's is gone on from."""
+        """Folders with a checkpoint of the run, of whatever source and origin; only today's is gone on from."""
         found = self.checkpoints.glob(f"*/{config.experiment}/{self._place(config).name}")
         return sorted(folder for folder in found if folder.parents[1].name != "states")
 
     def scratch(self, config: RunConfig) -> Path:
-        """Where the run's checkpoint is while today's source trains it."""
-        return self.checkpoints / source_digest(config) / config.experiment / self._place(config).name
+        """Where the run's checkpoint is while today's source trains it, from the state that its origin has kept now."""
+        origin = config.branch and self._state(config.branch)
+        began = f"-{digest_of(origin)[:12]}" if origin and origin.exists() else ""
+        return self.checkpoints / f"{source_digest(config)}{began}" / config.experiment / self._place(config).name
 
     def kept_state(self, branch: Branch) -> Path:
         """The state that a run goes on from. Raises FileNotFoundError, with the runs that have one, where it is not here."""
-        path = self._state(branch.run, branch.step)
+        path = self._state(branch)
         if path.exists():
             return path
-        like = sorted((self.checkpoints / "states").glob(f"{branch.run.rpartition('-')[0]}-*/*"))
+        like = sorted((self.checkpoints / "states").glob(f"{branch.run.rpartition('-')[0]}-*/step-*.safetensors"))
         kept = ", ".join(f"{found.parents[1].name}/{found.parent.name} after {int(found.stem[5:])}" for found in like)
+        recorded = self.results / "runs" / branch.run
+        remedy = f"remove {recorded} and train it again" if recorded.exists() else "train the run here"
         raise FileNotFoundError(f"the state of {branch.run} after {branch.step} updates is not at {path}; there are: "
                                 f"{kept or 'none like it'}. It stays where a run is trained, at its last step and those of its "
-                                "`keep`: train the run here")
+                                f"`keep`: {remedy}")
 
     def runs(self, experiment: str) -> list[Run]:
         """Every run that the profile names for an experiment, trained where absent, in the profile's order."""
@@ -150,7 +154,9 @@ class Store:
 
     def prune(self, experiment: str) -> list[str]:
         """Removes runs that the profile no longer names and what killed writers left; returns the runs' names. What is not a
-        run's folder stays."""
+        run's folder stays, and so does all of a profile outside the repository: another of its name may have the runs."""
+        if not in_repository(self.profile, self.root):
+            return []
         wanted = {self._place(config).name for config in configurations(self.profile, experiment, self.root)}
         gone = set()
         parts = [self.results / part for part in ("runs", "weights", "machine/runs")]
@@ -172,29 +178,25 @@ class Store:
 
         backend = backend or fastest_backend(config, device)
         origin = self.kept_state(config.branch) if config.branch else None
+        noted = {"origin": digest_of(origin)} if origin else {}
         trainer = Trainer(config, self.scratch(config), self.root / "data", device, backend, origin)
         progress = trainer.advance(deadline, shown)
         metrics = summarise(trainer, progress)
         check()
-        run = self._record(trainer, progress, metrics, device)
-        if self.sample and trainer.task.vocabulary:
-            try:
-                write_atomically(run.folder / "sample.txt", run.generate(PROMPT, self.sample))
-            except Exception as error:  # whatever it is, it is the sample's: the run stands
-                warnings.warn(f"{config.experiment}/{config.name} is recorded without a sample of text: "
-                              f"{type(error).__name__}: {error}", stacklevel=3)
+        run = self._record(trainer, progress, metrics, device, noted)
         for folder in self.unfinished(config):
             shutil.rmtree(folder)
         return run
 
-    def _record(self, trainer: Trainer, progress: Progress, metrics: dict, device: str) -> Run:
+    def _record(self, trainer: Trainer, progress: Progress, metrics: dict, device: str, noted: dict) -> Run:
         config = trainer.config
         run = self._place(config)
         for name in ("metrics.json", "horizon.json", "sample.txt"):  # of older source: a kill from here on leaves no mixture
             (run.folder / name).unlink(missing_ok=True)
         for step in (*config.keep, config.steps):
             write_atomically(run.weights_folder / trainer.weights(step).name, trainer.weights(step).read_bytes())
-            write_atomically(self._state(f"{config.experiment}/{run.name}", step), trainer.kept_state(step).read_bytes())
+            kept = state_path(self.checkpoints, f"{config.experiment}/{run.name}", step)
+            write_atomically(kept, trainer.kept_state(step).read_bytes())
         curve, timing = evaluations(progress)
         write_atomically(run.machine_folder / "timing.csv", to_csv(timing))
         write_atomically(run.machine_folder / "machine.json", to_json(machine() | {
@@ -205,12 +207,21 @@ class Store:
         write_atomically(run.folder / "log.csv.gz", gzip.compress(to_csv(windows(progress.rows)), mtime=0))
         write_atomically(run.folder / "curve.csv", to_csv(curve))
         write_atomically(run.folder / "provenance.json", to_json({"source": source_digest(config), "backend": trainer.backend}
-                                                                 | versions()))
+                                                                 | noted | versions()))
+        if self.sample and trainer.task.vocabulary:
+            self._write_sample(run)
         write_atomically(run.folder / "metrics.json", to_json(metrics))
         return self._place(config)  # anew: nothing read before is kept
 
-    def _state(self, run: str, step: int) -> Path:
-        return self.checkpoints / "states" / run / f"step-{step:06d}.safetensors"
+    def _write_sample(self, run: Run) -> None:
+        try:
+            write_atomically(run.folder / "sample.txt", run.generate(PROMPT, self.sample))
+        except Exception as error:  # whatever it is, it is the sample's: the run stands
+            warnings.warn(f"{run.config.experiment}/{run.config.name} is recorded without a sample of text: "
+                          f"{type(error).__name__}: {error}", stacklevel=5)
+
+    def _state(self, branch: Branch) -> Path:
+        return state_path(self.checkpoints, branch.run, branch.step)
 
     def _lease(self, config: RunConfig) -> Path:
         return self.checkpoints / "leases" / config.experiment / f"{self._place(config).name}.json"

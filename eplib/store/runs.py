@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from ..training import RunConfig, build_task
 from .formats import columns, to_json
 
 PROMPT = "The king"  # of the recorded samples of text
+
+
+def state_path(checkpoints: Path, run: str, step: int) -> Path:
+    """Where a profile's checkpoints keep that with which another run goes on from `run`, "experiment/name-digest"."""
+    return checkpoints / "states" / run / f"step-{step:06d}.safetensors"
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,13 @@ class Run:
 
     @property
     def current(self) -> bool:
-        """Whether the source that recorded the run is today's, of what the run uses."""
-        return self.provenance["source"] == source_digest(self.config)
+        """Whether the source that recorded the run is today's, of what the run uses, and the state that it began with the one
+        that its origin has kept, where that is here. Of a run recorded before that state was noted, the source decides."""
+        if self.provenance["source"] != source_digest(self.config):
+            return False
+        noted, branch = self.provenance.get("origin"), self.config.branch
+        kept = noted and branch and state_path(self.root / "checkpoints" / self.folder.parents[2].name, branch.run, branch.step)
+        return not kept or not kept.exists() or digest_of(kept) == noted
 
     def has_weights(self, step: int | None = None) -> bool:
         """Whether the weights after `step` updates (the last by default) are kept here."""
@@ -142,9 +158,11 @@ class Run:
     def extend(self, steps: int, **how: Any) -> "Run":
         """The run that goes on from here for `steps` updates more, with weights, moments and carried state; of the experiment
         `extended`, which no profile prunes. Its learning rate is that of the schedule over all its steps, so it rises again
-        where this run's had fallen. how: as of `Store.run`. Raises FileNotFoundError where the state was not kept here."""
+        where this run's had fallen; an annealed beta stays where it ended. how: as of `Store.run`. Raises FileNotFoundError
+        where the state was not kept here."""
         branch = Branch(run=f"{self.config.experiment}/{self.name}", step=self.config.steps)
-        longer = replace(self.config, experiment="extended", branch=branch, steps=self.config.steps + steps, keep=())
+        longer = replace(self.config, experiment="extended", branch=branch, steps=self.config.steps + steps, keep=(),
+                         estimator=self.config.estimator_at(self.config.steps - 1), anneal=None)
         return self.train(longer, **how)
 
     @property
