@@ -16,9 +16,14 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Writes named tensors and a header of JSON values."""
+    """Writes named tensors and a header of JSON values; tensors that share memory, as tied weights do, each whole."""
+    held, apart = set[int](), dict[str, Tensor]()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if place in held else value
+        held.add(place)
     # as one entry, because the format writes several in any order, and equal files are to be equal to the byte
-    write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()},
+    write_atomically(path, save({name: value.contiguous() for name, value in apart.items()},
                                 metadata={"header": json.dumps(header)}))
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from .families import Family
+from .families import Family, as_json
 
 T = TypeVar("T")
 
@@ -36,7 +36,11 @@ def parse(kind: Any, values: dict, what: str) -> Any:
     Raises `ConfigurationError` with one line per offending key; `what` names the configuration in it.
     """
     try:
-        return _adapter(kind).validate_json(json.dumps(values))
+        text = as_json(values)
+    except ValueError as error:
+        raise ConfigurationError(f"{what}: the configuration is not valid\n  {error}") from None
+    try:
+        return _adapter(kind).validate_json(text)
     except ValidationError as error:
         lines = [f"{what}: the configuration is not valid"]
         for item in error.errors(include_url=False):

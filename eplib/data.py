@@ -152,8 +152,8 @@ def located(path: str) -> Path:
 
 
 def files_in(place: Path, suffix: str) -> list[Path]:
-    """A file itself, or all files of a suffix in a folder, sorted."""
-    return sorted(place.rglob(f"*{suffix}")) if place.is_dir() else [place]
+    """A file itself, or all files of a suffix, in small letters or capitals, in a folder, sorted."""
+    return sorted(one for one in place.rglob("*") if one.name.lower().endswith(suffix)) if place.is_dir() else [place]
 
 
 def content_digest(path: str, suffix: str = "") -> str:

@@ -1,5 +1,6 @@
 """What solvers, estimators and controllers ask of whatever computes a block: PyTorch, or the compiled kernel."""
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -68,7 +69,6 @@ class LinearInKernel(Linearisation, Protocol):
         ...
 
 
-@runtime_checkable
 class Projected(Protocol):
     """Dynamics whose states are held in a set, a box say. The force is to be zero where it holds them, and to take the loss's
     pull inside (`nudged`), as `blocks.FromEnergy` does: a residual counts what the force says."""
@@ -79,5 +79,7 @@ class Projected(Protocol):
 
 
 def projection(dynamics: Any) -> Callable[[Tensor], Tensor] | None:
-    """What holds the states of these dynamics in their set, if anything does."""
-    return dynamics.project if isinstance(dynamics, Projected) else None
+    """What holds the states of these dynamics in their set, if anything does: a method `project` (`Projected`), not a layer of
+    that name."""
+    found = getattr(dynamics, "project", None)
+    return found if inspect.ismethod(found) else None

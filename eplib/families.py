@@ -1,6 +1,7 @@
 """Families: configurations that are chosen by their `kind`, ours and your own alike."""
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -8,13 +9,15 @@ from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 T = TypeVar("T", bound="Family")
+Scalar = str | int | float | bool | None  # what JSON has, but for lists and mappings
 
 
 class Family:
     """Base of the families. A direct subclass is a family; every `@configuration` below that is a member, in whatever file.
 
     `kind` names a member where a configuration is read or written: by its class name if it is eplib's, else as
-    "package.module:Class", which is imported when it is read. The bare name will do for a class that has been imported.
+    "package.module:Class", which is imported when it is read. The bare name will do for a class that has been imported, and is
+    eplib's where both have it. A field is annotated with the family, not with one member: that would read no `kind`.
     default: name of the member that is meant where `kind` is left out, which it then always is.
     """
 
@@ -35,6 +38,9 @@ class Family:
     def find(cls: type[T], kind: str) -> type[T]:
         """The member of that name. Raises ValueError with the names there are."""
         module, _, name = kind.rpartition(":")
+        if module.startswith("."):
+            raise ValueError(f"{kind!r} starts with a dot, and there is no package to start from; give the whole name, "
+                             "package.module:Class")
         if module:
             try:
                 import_module(module)
@@ -43,7 +49,8 @@ class Family:
                                  "current one, or on PYTHONPATH") from error
         usable = {key: found for key, found in cls.members.items()
                   if "__pydantic_validator__" in vars(found) and not found.__name__.startswith("_")}
-        found = [member for key, member in usable.items() if key == kind or (not module and key.endswith(f":{name}"))]
+        found = [usable[kind]] if kind in usable else [
+            member for key, member in usable.items() if not module and key.endswith(f":{name}")]
         if len(found) > 1:
             raise ValueError(f"there are several {name}, say which: {', '.join(sorted(one.kind for one in found))}")
         if not found:
@@ -77,4 +84,24 @@ class Family:
             raise ValidationError.from_exception_data(cls.__name__, [
                 InitErrorDetails(type=wrong, loc=("kind",), input=kind)]) from error
         rest = {key: one for key, one in value.items() if key != "kind"}
-        return cast(Any, member).__pydantic_validator__.validate_json(json.dumps(rest))
+        return cast(Any, member).__pydantic_validator__.validate_json(as_json(rest))
+
+
+def as_json(values: Any) -> str:
+    """Values as YAML has them, as JSON. Raises ValueError that names what JSON lacks, a date say, with its key."""
+    try:
+        return json.dumps(values)
+    except TypeError:
+        raise ValueError("; ".join(_strange(values, ())) + "; a configuration has text, numbers, true, false, null, lists and "
+                         "mappings: a date, which YAML reads without quotes, is text in quotes") from None
+
+
+def _strange(value: Any, place: tuple) -> Iterator[str]:
+    where = ".".join(map(str, place)) or "(whole)"
+    if isinstance(value, dict):
+        yield from (f"{where}: the key {key!r}" for key in value if not isinstance(key, Scalar))
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, one in parts:
+        yield from _strange(one, (*place, key))
+    if not isinstance(value, dict | list | tuple | Scalar):
+        yield f"{where}: got {value!r}"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from . import classics  # noqa: F401  (its architectures are chosen by name)
 from .config import configuration
-from .controllers import Penalty
+from .controllers import Integral, Penalty
 from .data import DATA
 from .estimators import Beta, Estimator, second_phase
 from .models import Architecture, Model
@@ -134,6 +134,11 @@ class RunConfig:
         if self.optimiser.clipping == "apart" and not self.penalties:
             raise ValueError("optimiser.clipping apart cuts the penalties' gradient by the task's, and there are no penalties; "
                              "give clipping: together, or penalties")
+        if self.optimiser.clipping == "together" and any(isinstance(getattr(one, "driven", None), Integral)
+                                                         for one in self.penalties):
+            raise ValueError("driven: Integral is told what the clip left of the penalties' gradient, which optimiser.clipping "
+                             "together does not say, so that the strength would run to its ceiling; give clipping: apart, or "
+                             "driven: null")
         if self.estimator.explicit and (self.gate or self.penalties):
             raise ValueError(f"{self.model.described} has no dynamics: its residual is zero, so gate={self.gate} would never "
                              "act, and penalties have no fixed point to act at; give gate: null and penalties: []")

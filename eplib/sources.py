@@ -17,6 +17,8 @@ from typing import Any
 PACKAGE = __name__.split(".")[0]
 FOLDER = Path(__file__).parent
 TRAINING = f"{PACKAGE}.training"  # what every run is computed by
+SUMMARY = f"{PACKAGE}.store.summary"  # and its metrics
+ADAPTIVE = f"{PACKAGE}.diagnostics.adaptive"  # and those that a run may ask for
 
 
 def source_digest(config: Any) -> str:
@@ -30,7 +32,7 @@ def modules_of(config: Any) -> list[str]:
     """The modules of eplib that a run of this configuration depends on, sorted."""
     ours = {one.__module__ for one in _classes(config) if _is_ours(one.__module__)}
     named = {name for text in _foreign_texts(config) for name in names(ast.parse(text), "")}
-    return closure({TRAINING, *ours, *named})
+    return closure({TRAINING, SUMMARY, *ours, *named} | ({ADAPTIVE} if config.adaptive else set()))
 
 
 def closure(start: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import eplib
-from eplib import blocks, estimators, solvers, tasks
+from eplib import blocks, dynamics, estimators, solvers, tasks
 from eplib.blocks import Dynamical
 from eplib.classics import Convolutional, Hopfield, LayeredHopfield
 from eplib.diagnostics import adjoint_gradient, agreement
@@ -140,6 +140,7 @@ def test_without_feedback_both_are_ordinary_networks_of_the_same_weights():
 @pytest.mark.parametrize(("architecture", "signal", "error", "says"), [
     (LayeredHopfield(), tasks.Tokens(vocab=5, context=4), TypeError, "LayeredHopfield takes images in Patches"),
     (Convolutional(), tasks.Patches(tokens=3, size=16, classes=2), TypeError, "square images in square Patches"),
+    (Convolutional(), tasks.Patches(tokens=16, size=4 * 49, classes=2, channels=4), TypeError, "Patches of one channel"),
     (Convolutional(), tasks.Patches(tokens=1, size=100, classes=2), ValueError, "3 x 3 units has no room for a kernel of 6")])
 def test_what_a_classic_network_does_not_take_is_refused(architecture, signal, error, says):
     with pytest.raises(error, match=says):
@@ -310,3 +311,27 @@ def test_a_solver_puts_every_state_into_the_box(solver, monkeypatch):
     monkeypatch.setattr(solvers.base, "projection", lambda block: None)
     model.settle(batch()[0], solver)
     assert farthest() > 1e-4  # else this shows nothing
+
+
+class Mixed(Dynamical):
+    """F = x - z + W z / 10, W a layer that has the name of what holds states in a set."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(4, 4, bias=False)
+
+    def forward(self, z, x):
+        return x - z + 0.1 * self.project(z)
+
+
+def test_a_layer_named_project_holds_no_states_and_a_compiled_block_keeps_its_box():
+    torch.manual_seed(0)
+    block, x = Mixed().double(), torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        found = solvers.Relaxation(step=0.7, max_steps=99, tol=1e-12).settle(block, x).value
+        truth = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - 0.1 * block.project.weight, x.mT).mT
+    assert torch.allclose(found, truth, atol=1e-9)
+    boxed = bowl((0.0, 0.1))
+    for one in (boxed, torch.compile(boxed, backend="eager")):
+        hold = dynamics.projection(one)
+        assert torch.equal(hold(torch.tensor([-1.0, 0.05, 2.0])), torch.tensor([0.0, 0.05, 0.1]))

@@ -1,6 +1,7 @@
 """Families: members are found by their kind, in eplib or in a file of one's own; what is not there is named."""
 
 import sys
+from datetime import date
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_a_member_is_found_by_its_class_name_and_its_family_knows_it():
     ({"step": 0.5}, r"solver\.kind: say which kind it is"),
     ({"kind": 3}, r"solver\.kind: kind is to be a name; got 3"),
     ({"kind": "no_such_module:X"}, r"solver\.kind: .*cannot be imported .*PYTHONPATH"),
+    ({"kind": ".solvers:Mine"}, r"solver\.kind: '.solvers:Mine' starts with a dot.* package.module:Class"),
     ({"kind": "eplib.blocks:Thick"}, r"solver\.kind: 'eplib.blocks:Thick' is not one of"),
     ({"kind": "Anderson", "memroy": 3}, r"solver\.memroy: .*got 3"),
     ({"kind": "Anderson", "step": "1e-3"}, r"solver\.step: .*valid number"),
@@ -89,6 +91,31 @@ def test_only_configurations_are_members_and_a_default_kind_is_left_out():
         Shape.find("Cornered")
     for drawing in (Drawing(), Drawing(shape=Square()), Drawing(others=(Round(), Square(side=2.0)))):
         assert parse(Drawing, plain(drawing), "again") == drawing
+
+
+def test_a_class_of_ones_own_with_the_name_of_one_of_eplibs_leaves_that_one_reachable(tmp_path, monkeypatch):
+    (tmp_path / "mine_too.py").write_text(MINE.replace("Patient", "Anderson"))
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        own = solvers.Solver.find("mine_too:Anderson")
+        assert solvers.Solver.find("Anderson") is solvers.Anderson is not own
+        for one in (own(patience=4), solvers.Anderson()):
+            run = parse(RunConfig, RUN | {"solver": plain(one)}, "run")
+            assert run.solver == one and type(run.solver) is type(one)
+    finally:
+        solvers.Solver.members.pop("mine_too:Anderson", None)
+        sys.modules.pop("mine_too", None)
+
+
+def test_what_json_does_not_have_is_named_with_its_key():
+    day = date(2026, 1, 2)
+    for value, said in (({"solver": {"kind": "Anderson", "step": day}}, r"solver\.step: got datetime.date\(2026, 1, 2\)"),
+                        ({"penalties": [{"since": {3}}]}, r"penalties\.0\.since: got \{3\}"),
+                        ({"solver": {day: 1}}, r"solver: the key datetime.date")):
+        with pytest.raises(ConfigurationError, match=f"(?s)run: .*{said}.*a date, which YAML reads"):
+            parse(RunConfig, RUN | value, "run")
+    with pytest.raises(ValueError, match=r"side: got datetime.date"):
+        Drawing(shape={"kind": "Square", "side": day})
 
 
 def test_two_classes_of_one_name_are_told_apart_by_their_modules(tmp_path, monkeypatch):

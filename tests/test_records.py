@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import eplib
-from eplib import blocks, checkpoints, data, diagnostics, profiles
+from eplib import blocks, checkpoints, data, diagnostics, profiles, solvers
 from eplib.config import ConfigurationError, digest, parse, plain, sparse
 from eplib.estimators import AsymEP, OneStep
 from eplib.runconfig import Branch
@@ -651,6 +651,27 @@ def test_what_is_no_trained_model_is_refused_with_what_it_lacks(recorded, tmp_pa
     checkpoints.write(path, found.model.state_dict(), header)
     with pytest.raises(ConfigurationError, match="speed: Unexpected"):
         eplib.load(path)
+    checkpoints.write(path, {"other": torch.zeros(2)}, header | {"config": plain(found.config)})
+    with pytest.raises(ValueError, match=r"another model than its header describes .*other"):
+        eplib.load(path)
+
+
+def test_a_file_imports_no_module_that_it_names_unless_it_may(recorded, tmp_path, monkeypatch):
+    found, path, module = recorded[1].trained(), tmp_path / "x.safetensors", tmp_path / "unheard.py"
+    module.write_text("from eplib import config, solvers\n@config.configuration\nclass Own(solvers.Relaxation):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    values = plain(found.config) | {"solver": plain(solvers.Relaxation()) | {"kind": "unheard:Own"}}
+    header = {"config": values, "step": 2, "signal": plain(found.signal), "vocabulary": None}
+    checkpoints.write(path, found.model.state_dict(), header)
+    try:
+        with pytest.raises(ConfigurationError, match=r"has classes of unheard, .*first, or give plugins=True"):
+            eplib.load(path)
+        assert "unheard" not in sys.modules
+        assert type(eplib.load(path, plugins=True).config.solver).__name__ == "Own"
+        assert eplib.load(path).config.solver.kind == "unheard:Own"  # imported now
+    finally:
+        solvers.Solver.members.pop("unheard:Own", None)
+        sys.modules.pop("unheard", None)
 
 
 # --- text

@@ -12,7 +12,7 @@ import pytest
 
 from eplib import blocks, controllers, estimators, sources
 from eplib.config import parse, plain
-from eplib.training import RunConfig, Text, Trainer, Transformer
+from eplib.training import Mnist, RunConfig, Text, Trainer, Transformer
 from pipelines import imports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -87,6 +87,17 @@ def test_an_edit_of_a_class_makes_those_runs_stale_that_use_it(package):
     before, path = (digest(), digest(using)), folder / Path(*controllers.Homeostasis.__module__.split(".")[1:])
     edit(path.with_suffix(".py"))
     assert digest() == before[0] and digest(using) != before[1]
+
+
+def test_what_makes_the_metrics_counts_and_what_only_some_runs_ask_for_counts_for_these(package):
+    folder, digest = package
+    asking = replace(CONFIG, data=Mnist(), model=Transformer(block=blocks.Thick(causal=False)), adaptive=True)
+    silent = replace(asking, adaptive=False)
+    before = digest(asking), digest(silent)
+    edit(folder / "diagnostics" / "adaptive.py")
+    assert digest(asking) != before[0] and digest(silent) == before[1]
+    edit(folder / "store" / "summary.py")
+    assert digest(silent) != before[1]
 
 
 def test_a_field_with_a_default_changes_no_digest_but_that_of_its_source():

@@ -13,6 +13,7 @@ from PIL import Image
 from eplib import blocks, diagnostics, estimators, models
 from eplib.config import ConfigurationError, configuration, parse, plain
 from eplib.tasks import DataError, Dataset, Images, Mnist, Patches, Signal, Task, Text, Tokens
+from eplib.trained import load
 from eplib.training import RunConfig, Trainer, Transformer, build_model, build_task
 
 WORDS = "".join(f"a tale of {number} foxes and a tall oak.\n" for number in range(60, 200))
@@ -85,7 +86,7 @@ def pictures(tmp_path):
 def test_own_images_are_held_out_alike_for_all_seeds_and_cut_into_patches(pictures):
     x, y, folder = pictures
     first, other = (Images(path=str(folder / "own.npz"), patch=2, validation=0.2).load(batch=4, seed=seed) for seed in (0, 1))
-    assert first.signal == Patches(tokens=6, size=12, classes=3)
+    assert first.signal == Patches(tokens=6, size=12, classes=3, channels=3)
     assert torch.equal(first.test[0], other.test[0]) and len(first.test[1]) == 6 and len(first.train[1]) == 24
     assert not torch.equal(first.batch(0)[0], other.batch(0)[0]) and torch.equal(first.batch(7)[0], first.batch(7)[0])
     assert abs(first.train[0].mean()) < 1e-5 and first.train[0].std().item() == pytest.approx(1, abs=1e-5)
@@ -122,6 +123,13 @@ def test_images_that_cannot_be_are_refused(pictures):
     for name, says in (("nameless", "with x and y"), ("flat", r"x is to be images"), ("text", "with x and y")):
         with pytest.raises(DataError, match=says):
             Images(path=str(folder / f"{name}.npz"), patch=2).load(batch=4)
+    named = Images(path=str(folder / "own"), patch=2)
+    for end in (".png", ".PNG"):
+        place = folder / "own" / "class0" / f"more{end}"
+        Image.fromarray(x[0]).convert("P").save(place)
+        with pytest.raises(DataError, match=rf"more{end} has a palette \(mode P\); convert"):
+            replace(named, sha256=None).load(batch=4)
+        place.unlink()
     with pytest.raises(ValueError, match=r"4 x 6 pixels have no patches of 5 x 5"):
         Images(path=str(folder / "own.npz"), patch=5).load(batch=4)
     with pytest.raises(ValueError, match="batch 28 exceeds the 27 training images"):
@@ -176,6 +184,57 @@ class Samples(Dataset):
 
     def validation(self):
         yield from map(self.batch, range(10_000, 10_003))
+
+
+@configuration
+class Tied(models.Architecture):
+    """A readout by the embedding's own weights."""
+
+    context: int | None = 4
+    causal: bool | None = True
+
+    def build(self, signal):
+        return TiedModel(signal.vocab)
+
+
+class TiedModel(models.Model):
+    def __init__(self, vocab):
+        super().__init__()
+        self.embedding, self.readout = torch.nn.Embedding(vocab, 4), torch.nn.Linear(4, vocab, bias=False)
+        self.readout.weight = self.embedding.weight
+        self.block = Leaky()
+
+    def clamp(self, inputs):
+        return self.embedding(inputs)
+
+    def predict(self, h):
+        return self.readout(h)
+
+    def loss_of(self, predictions, targets):
+        return models.cross_entropy(predictions, targets)
+
+
+class Leaky(blocks.Dynamical):
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(4, 4)
+
+    def forward(self, z, x):
+        return x - z + 0.3 * torch.tanh(self.mix(z))
+
+
+def test_tied_weights_are_saved_and_what_is_no_language_model_is_not_asked_for_text(tale, tmp_path):
+    config = RunConfig(experiment="x", arm="a", data=Text(path=tale), model=Tied(), batch=2, steps=2, evaluate_every=2,
+                       estimator=estimators.DyadicEP())
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.advance(show=lambda _: None)
+    again, path = Trainer(config, tmp_path / "run").model, trainer.weights(2)
+    assert torch.equal(again.embedding.weight, trainer.model.embedding.weight)
+    assert again.readout.weight is again.embedding.weight
+    found = load(path)
+    assert torch.equal(found.model.readout.weight, trainer.model.readout.weight)
+    with pytest.raises(ValueError, match="TiedModel has no method generate"):
+        found.generate("a tale", 1)
 
 
 @configuration

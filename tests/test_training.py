@@ -477,6 +477,8 @@ def test_the_trainer_tells_a_penalty_what_its_clip_left(root, tmp_path):
     assert all(row["penalty_norm"] > 0.1 and row["penalty_kept"] == pytest.approx(0.1 / row["penalty_norm"]) for row in rows)
     assert len({row["rate_coefficient"] for row in rows}) == 1  # cut to the clip, it does not wind up
     assert all(0 < row["rate_quantile"] <= row["rate_probe"] and row["rate_above"] > 0 for row in rows)
+    with pytest.raises(ValueError, match=r"driven: Integral .*optimiser.clipping together .*give clipping: apart"):
+        config(penalties=(Homeostasis(), held))
     for refused in ({"penalties": ()}, BACKPROP):
         with pytest.raises(ValueError, match="clipping apart"):
             config(**{"optimiser": run.optimiser, **refused})

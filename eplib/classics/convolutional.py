@@ -58,7 +58,8 @@ class Convolutional(Architecture):
     def build(self, signal: Signal) -> ConvolutionalNetwork:
         """The network for square images in square Patches of one channel. Raises TypeError for another signal, ValueError for
         images that are too small."""
-        if not isinstance(signal, Patches) or any(isqrt(n) ** 2 != n for n in (signal.tokens, signal.size)):
+        if not isinstance(signal, Patches) or signal.channels > 1 or any(isqrt(n) ** 2 != n
+                                                                         for n in (signal.tokens, signal.size)):
             raise TypeError(f"{self.kind} takes square images in square Patches of one channel, and the task gives {signal}")
         side, shapes = isqrt(signal.tokens * signal.size), []
         for channels in self.channels:

@@ -20,8 +20,10 @@ class Integral:
     """A strength that is integrated until the `quantile` of the rates, over batch after batch, stands at the target: multiplied
     at every call by exp(gain * e), e = (share above the target) / (1 - quantile) - 1, at most `SURGE`.
 
-    It stays within floor and ceiling: one that has annealed away is not there when the next update needs it. Nothing winds up:
-    it does not rise where the trainer cut the penalty's last gradient, of which a larger one would be cut to the same.
+    It stays within floor and ceiling: one that has annealed away is not there when the next update needs it. Nothing winds up
+    where the penalty's gradient is clipped apart (`Optimiser`): the strength does not rise after an update that cut it, as a
+    larger one would be cut to the same. A loop of your own says what share of the last gradient was left, else the strength
+    may run to its ceiling: report.state["penalty1." + controllers.KEPT] = torch.tensor(share), of the first penalty.
     """
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.9999

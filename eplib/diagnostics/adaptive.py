@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..models import Model
 from ..solvers import Relaxation
+from ..tasks import Dataset
+
+NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -60,3 +63,9 @@ def adaptive_compute(model: Model, batches: Iterable[tuple[Tensor, Tensor]], ste
             "wrong": n[~right[kept]].mean().item(), "rank_correlation": torch.corrcoef(both)[0, 1].item(),
             "by_margin": [n[tenth[kept] == part].mean().item() for part in range(10)]}
     return found
+
+
+def clean_and_noisy(model: Model, task: Dataset, step: float) -> dict[str, dict[str, dict]]:
+    """`adaptive_compute` of a task's test images as they are, and under noise."""
+    return {name: adaptive_compute(model, task.validation(), step, noise=noise)
+            for name, noise in (("clean", 0.0), ("noisy", NOISE))}

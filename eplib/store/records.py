@@ -23,6 +23,7 @@ from typing import Any
 
 from .. import markup
 from ..config import ConfigurationError, parse, plain
+from ..diagnostics import clean_and_noisy
 from ..files import leftovers, write_atomically
 from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile, run_folder
@@ -182,6 +183,8 @@ class Store:
         trainer = Trainer(config, self.scratch(config), self.root / "data", device, backend, origin)
         progress = trainer.advance(deadline, shown)
         metrics = summarise(trainer, progress)
+        if config.adaptive:
+            metrics["adaptive"] = clean_and_noisy(trainer.average, trainer.task, config.solver.step)
         check()
         run = self._record(trainer, progress, metrics, device, noted)
         for folder in self.unfinished(config):

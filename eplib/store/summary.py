@@ -9,13 +9,11 @@ import numpy
 from numpy import ndarray
 from torch import Tensor
 
-from ..diagnostics import adaptive_compute
 from ..log import Log, Progress
 from ..solvers import Anderson, FixedHorizon, Solver
 from ..training import EXCURSION, RunConfig, Trainer, evaluate
 
 WINDOWS = 500  # of a recorded log, about
-NOISE = 1.0  # of the noisy copy of the test images, in standard deviations of the training pixels
 CONVERGED = {"tol": 1e-4, "max_steps": 200}  # of the training solver: "at the converged fixed point"
 
 
@@ -110,7 +108,4 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
             solver = Anderson(step=solver.step)
         metrics["converged"] = evaluated(replace(solver, **CONVERGED))
         metrics["solver_removed"] = evaluated(FixedHorizon(steps=0))["loss"]
-    if config.adaptive:
-        metrics["adaptive"] = {name: adaptive_compute(model, trainer.task.validation(), config.solver.step, noise=noise)
-                               for name, noise in (("clean", 0.0), ("noisy", NOISE))}
     return metrics

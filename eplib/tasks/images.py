@@ -101,7 +101,8 @@ class ImageDataset(Dataset):
         self.size, self.seed = batch, seed
         self.train, self.test = ((patches(pixels, patch), labels) for pixels, labels in (train, test))
         self.epoch, self.order = -1, torch.empty(0)  # a permutation of 60,000 takes as long as a small step's update
-        self.signal = Patches(tokens=self.train[0].shape[1], size=self.train[0].shape[2], classes=classes)
+        self.signal = Patches(tokens=self.train[0].shape[1], size=self.train[0].shape[2], classes=classes,
+                              channels=train[0].shape[3] if train[0].dim() == 4 else 1)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, position = divmod(step, len(self.train[1]) // self.size)
@@ -146,7 +147,13 @@ def _from_folder(place: Path) -> tuple[np.ndarray, np.ndarray]:
     classes = sorted({file.parent.name for file in files})
     if strange := [file for file in files if file.parent.parent != place]:
         raise DataError(f"{strange[0]} is not in a class folder: give {place}/<class>/<image>.png")
-    images = [np.asarray(Image.open(file), dtype=np.float32) for file in files]
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            if image.mode in ("P", "PA"):  # its pixels are places in a palette, in any order
+                raise DataError(f"{file} has a palette (mode {image.mode}); convert all first, as with Pillow: "
+                                "Image.open(file).convert(\"RGB\").save(file)")
+            images.append(np.asarray(image, dtype=np.float32))
     if len(sizes := {image.shape for image in images}) > 1:
         raise DataError(f"{place} holds images of the sizes {', '.join(map(str, sorted(sizes)))}; give all one size and mode")
     return np.stack(images), np.array([classes.index(file.parent.name) for file in files])

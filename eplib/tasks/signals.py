@@ -24,8 +24,10 @@ class Tokens(Signal):
 
 @configuration
 class Patches(Signal):
-    """Inputs are images in patches (B, tokens, size), row by row, targets class ids (B,) below `classes`."""
+    """Inputs are images in patches (B, tokens, size), row by row, a pixel's `channels` side by side; targets class ids (B,)
+    below `classes`."""
 
     tokens: Count
     size: Count
     classes: Count
+    channels: Count = 1
