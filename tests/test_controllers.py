@@ -564,7 +564,7 @@ def test_the_rate_penalty_has_a_local_form_without_a_second_derivative():
     problem = at(model, inputs, z)
     errors = []
     with torch.no_grad():
-        v = penalty._probe(problem, problem.jacobian, STEP)
+        v = penalty._probe(problem, STEP)[0]
         moved = v + STEP * problem.jacobian.product(v)
         size, grown = (norm(part).view(-1, 1, 1) for part in (v, moved))
         excess = grown / size - penalty.target
