@@ -415,7 +415,8 @@ def test_an_altered_block_is_differentiated_as_it_is(case, global_hook):
     (blocks.Layered(layers=2, init=1.0), hooked("stack.1.w1")), (blocks.Layered(layers=2, init=1.0), hooked("stack.0.ln1")),
     (blocks.Attractor(init=1.0), hooked("layers.wo")), (blocks.Thin(init=1.0), hooked("memory")),
     (blocks.Thin(init=1.0), parametrised("qkv", nn.utils.parametrizations.weight_norm)),
-    (blocks.Energy(init=1.0), hooked("wq")), (blocks.Monotone(), hooked("qk"))], ids=lambda part: getattr(part, "__qualname__", str(part)))
+    (blocks.Energy(init=1.0), hooked("wq")), (blocks.Monotone(), hooked("qk"))],
+    ids=lambda part: getattr(part, "__qualname__", str(part)))
 def test_every_kind_of_block_notices_what_alters_it(config, alter):
     block, x, z = system(config)
     plain, block = block(z, x).detach(), alter(block.train())
