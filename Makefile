@@ -76,8 +76,8 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 	dvc repro; \
 	python -m pipelines.verify --profile quick
 
-test: setup  ## run the tests (8 to 14 minutes; fetches MNIST once, about 12 MB)
-	@echo "== tests: 8 to 14 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
+test: setup  ## run the tests (7 to 14 minutes; fetches MNIST once, about 12 MB)
+	@echo "== tests: 7 to 14 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
 	@$(KERNEL)
 	@pytest -q -n 2 --dist loadfile
 

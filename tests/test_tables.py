@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from eplib.blocks import Block
+from eplib.models import Transformer
 from eplib.store import tables
 
 
 def run(seed=0, kind="Thick", loss=1.0, metrics=None, start=None, settled=1.0, excursions=0):
     """A run as the store gives it, as far as a table reads it."""
     config = SimpleNamespace(seed=seed, arm="ep", start=start, steps=150, first=50,
-                             model=SimpleNamespace(block=SimpleNamespace(kind=kind)))
+                             model=Transformer(width=8, heads=2, block=Block.find(kind)()))
     final = {"loss": loss, "settled": settled, "excursions": excursions}
     return SimpleNamespace(config=config, metrics={"final": final} | (metrics or {}))
 
