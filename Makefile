@@ -84,7 +84,7 @@ test: setup  ## run the tests (7 to 14 minutes; fetches MNIST once, about 12 MB)
 lab: setup  ## open JupyterLab on the notebooks, with a kernel that finds eplib
 	jupyter lab --notebook-dir=notebooks
 
-smoke: setup  ## run every stage at toy size in a scratch folder (at most 4 minutes; proves nothing)
+smoke: setup  ## run every stage at toy size in a scratch folder (4 to 6 minutes; proves nothing)
 	@$(KERNEL)
 	python -m pipelines.smoke
 

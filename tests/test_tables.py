@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from eplib import plotting
 from eplib.blocks import Block
 from eplib.models import Transformer
 from eplib.store import tables
@@ -79,4 +80,4 @@ def test_a_difference_decides_nothing_unless_both_arms_are_known_to_settle():
     assert "undecided" not in tables.paired({"ep": settled, "backprop": backprop}, "ep", "backprop")
     short = [*settled[:2], run(2, settled=[0.5, 1.0])]
     found = tables.paired({"ep": settled, "bptt": short}, "ep", "bptt")
-    assert found["undecided"] == "samples that settled: bptt ≥ 50 %" and found["n"] == 3
+    assert found["undecided"] == f"samples that settled: {plotting.label('bptt')} ≥ 50 %" and found["n"] == 3
