@@ -16,7 +16,7 @@ def run(arm: str, accuracy: float, seed: int = 0, *, curve=(), audit=(), beta=0.
     some = SimpleNamespace
     config = some(arm=arm, seed=seed, steps=100, penalties=["rate"], start=None, audit_every=1, optimiser=some(lr=1e-3),
                   estimator=some(kind="VectorField", beta=beta, steps=10), data=some(limit=limit), solver=some(tol=1e-3),
-                  model=some(block=some(kind="Thick"), explicit=False), branch=None)
+                  model=some(width=32, block=some(kind="Thick"), explicit=False), branch=None)
     final = {"accuracy": accuracy, "loss": 1.0, "settled": settled, "residual_max": 1e-3, "residual_median": 1e-3}
     metrics = {"final": final, "converged": final | {"accuracy": accuracy + 1}, "excursions": excursions,
                "without_gradient": 0, "rate_arnoldi": 0.9, "training": {"displacement": 0.2}}
@@ -153,8 +153,8 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     assert list(branches.by_step(runs)) == [100, 200] and set(branches.by_step(runs)[100]) == {"linear", "two"}
     half = 4.302652729911275 * 0.001 / 3**0.5  # Student's t of 2 degrees of freedom
     early, late = branches.rows(runs, "linear", margin=0.01)
-    assert early[:1] + early[2:] == [100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100"]
-    assert late[:1] + late[2:5] == [200, 1, "+0.5000", seeds.UNDECIDED]
+    assert early[:2] + early[3:] == [32, 100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100"]
+    assert late[:2] + late[3:6] == [32, 200, 1, "+0.5000", seeds.UNDECIDED]
     found = branches.summary(runs, "linear")
     assert found["two_minus_linear_100"] == {"mean": pytest.approx(0.002), "low": pytest.approx(0.002 - half),
                                              "high": pytest.approx(0.002 + half), "n": 3}
