@@ -74,7 +74,7 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 	@$(ALONE); $(KERNEL); set -x; \
 	python -m pipelines.stages --write; \
 	dvc repro; \
-	python -m pipelines.verify --profile quick
+	python -m pipelines.close --profile quick
 
 test: setup  ## run the tests (7 to 14 minutes; fetches MNIST once, about 12 MB)
 	@echo "== tests: 7 to 14 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
@@ -91,7 +91,7 @@ smoke: setup  ## run every stage at toy size in a scratch folder (4 to 6 minutes
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
 	@$(ALONE); set -x; \
 	dvc repro pipelines/paper/dvc.yaml; \
-	python -m pipelines.verify --profile paper
+	python -m pipelines.close --profile paper
 
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
 	@$(ALONE); set -x; \

@@ -57,7 +57,7 @@ def steps(scratch: Path) -> list[list[str]]:
         ["git", "init", "--quiet"],
         [python, "-m", "pipelines.stages", "--write", "--profile", "smoke"],
         [python, "-m", "dvc", "repro"],
-        [python, "-m", "pipelines.verify", "--profile", "smoke"],
+        [python, "-m", "pipelines.close", "--profile", "smoke"],
     ]
 
 

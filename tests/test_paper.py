@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from eplib import plotting
-from pipelines import cells, claims, common, paper, plan, report, verify
+from pipelines import cells, claims, close, common, paper, plan, report
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -283,7 +283,7 @@ def test_without_results_the_paper_is_set_and_says_what_is_missing(tree, profile
     assert paper.write(profile, tree).read_bytes().startswith(b"%PDF")
     missing = paper.missing(profile, tree)
     assert {"figure F1", "table T2", "texts S1", "mnist/summary.json: ep_accuracy"} <= set(missing)
-    assert verify.verify(profile, tree) == (profile != "paper")
+    assert close.close(profile, tree) == (profile != "paper")
 
 
 def test_what_a_notebook_of_the_readers_own_makes_is_shown_behind_the_text(tree):
@@ -409,8 +409,8 @@ def test_a_notebook_with_results_that_was_not_executed_here_is_shown_without_out
     pages = {name: report.page_of(name, "paper", tree) for name in ("mnist", "cost")}
     assert "has not been executed here" in pages["mnist"] and "E2" in pages["mnist"]
     assert "has not been run at profile paper" in pages["cost"] and "E7" not in pages["cost"]
-    assert "results of notebook mnist" not in verify.missing_notebooks("paper", tree)
-    assert "results of notebook cost" in verify.missing_notebooks("paper", tree)
+    assert "results of notebook mnist" not in close.missing_notebooks("paper", tree)
+    assert "results of notebook cost" in close.missing_notebooks("paper", tree)
 
 
 @pytest.mark.parametrize("formula", [r"\left( x", r"\nosuchcommand x"])
