@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from . import drawn
 from .settings import PALETTE, ROOT, Look, default_look, looks, name_of
 
 WIDTHS = {"column": 3.4, "full": 7.0}  # inches
@@ -148,8 +149,8 @@ def reference(ax: Axes, y: float, text: str, *, comparable: bool) -> None:
 
 
 def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = True, *, root: Path = ROOT) -> Path | None:
-    """Write figures/<profile>/<experiment>/<name>.pdf and .svg, the same bytes each time, and return the path of
-    the SVG.
+    """Write figures/<profile>/<experiment>/<name>.pdf, .svg and, as numbers, .csv, the same bytes each time, and return
+    the path of the SVG.
 
     `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC
     does not track. `shown` is what the figure shows: where that is empty, for want of runs, no file is left and None returned,
@@ -160,7 +161,7 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
         import matplotlib.pyplot as plt
 
         plt.close(fig)
-        for kind in ("pdf", "svg"):
+        for kind in ("pdf", "svg", "csv"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
         print(f"{name}: no run recorded")
         return None
@@ -173,4 +174,5 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
     with mpl.rc_context({"svg.hashsalt": f"{name_of(profile)}/{name}"}):
         for kind, metadata in dates.items():
             fig.savefig(folder / f"{name}.{kind}", metadata=metadata, facecolor="white")
+    (folder / f"{name}.csv").write_text(drawn.to_csv(fig), encoding="utf-8")
     return folder / f"{name}.svg"

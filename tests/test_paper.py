@@ -1,5 +1,6 @@
 """Claims, figures, the paper and the report."""
 
+import csv
 import datetime
 import hashlib
 import json
@@ -235,11 +236,25 @@ def draw(root: Path, profile: str) -> Path:
 
 def test_a_figure_has_the_same_bytes_each_time_and_no_date(tmp_path):
     first, second = draw(tmp_path / "a", "quick"), draw(tmp_path / "b", "quick")
-    assert digests(first) == digests(second) and len(digests(first)) == 2
+    assert digests(first) == digests(second) and {path.suffix for path in first.iterdir()} == {".pdf", ".svg", ".csv"}
     assert (
         b"CreationDate" not in (first / "F1.pdf").read_bytes() and b"<dc:date>" not in (first / "F1.svg").read_bytes()
     )
     assert paper.figures_in(first, tmp_path)["F1"]["wide"]
+
+
+def test_what_a_figure_shows_can_be_downloaded_as_numbers(tmp_path):
+    fig, (left, right) = plotting.figure("full", columns=2)
+    plotting.seeds(left, [0, 1], [[3, 2], [3, 1]], "backprop")
+    left.axhline(7.0)
+    left.set_ylabel("loss")
+    left.scatter([5], [6], label="a point")
+    right.imshow([[0.25, 0.5]])
+    rows = list(csv.reader(plotting.save(fig, "F1", "quick", "toy", root=tmp_path).with_suffix(".csv").open()))
+    lines = [["3", "2"], ["3", "1"], ["3", "1.5"]]  # two seeds and their mean
+    assert rows[1:] == [*(["1 loss", "backprop", str(number), str(x), y] for number, line in enumerate(lines, start=1)
+                          for x, y in enumerate(line)), ["1 loss", "a point", "4", "5", "6"],
+                        ["2", "pixel", "1", "0", "0", "0.25"], ["2", "pixel", "1", "1", "0", "0.5"]]
 
 
 def test_a_figure_without_data_leaves_no_file(tmp_path, capsys):
