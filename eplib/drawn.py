@@ -35,7 +35,7 @@ def _look(line: Line2D) -> tuple[str, str, str]:
 
 
 def _rows(ax: Axes) -> Iterator[tuple]:
-    """Series, number, x, y (and value) of everything that lies in the data's coordinates; a reference line over the axes does not."""
+    """Series, number, x, y (and value) of everything in the data's coordinates; a reference line is not."""
     names = {_look(line): str(line.get_label()) for line in ax.lines if not str(line.get_label()).startswith("_")}
     number = 0
     for line in ax.lines:
