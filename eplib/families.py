@@ -87,6 +87,11 @@ class Family:
         return cast(Any, member).__pydantic_validator__.validate_json(as_json(rest))
 
 
+def owed(one: object, method: str) -> NotImplementedError:
+    """The error of a method that a class of your own has to define. method: its name with its arguments."""
+    return NotImplementedError(f"{type(one).__name__} does not define {method}; override it (README, 'Your own')")
+
+
 def as_json(values: Any) -> str:
     """Values as YAML has them, as JSON. Raises ValueError that names what JSON lacks, a date say, with its key."""
     try:

@@ -5,7 +5,7 @@ from datetime import date
 
 import pytest
 
-from eplib import blocks, solvers
+from eplib import blocks, controllers, estimators, models, solvers, tasks
 from eplib.config import ConfigurationError, configuration, parse, plain
 from eplib.families import Family
 from eplib.runconfig import RunConfig
@@ -131,3 +131,18 @@ def test_two_classes_of_one_name_are_told_apart_by_their_modules(tmp_path, monke
         for module in ("mine_a", "mine_b"):
             solvers.Solver.members.pop(f"{module}:Patient", None)
             sys.modules.pop(module, None)
+
+
+def test_what_a_class_of_ones_own_leaves_out_is_named_with_its_arguments():
+    owing = [(controllers.Penalty, lambda one: one(None, 1.0, {}), r"__call__\(problem, step, carried\)"),
+             (blocks.Block, lambda one: one.build(8, 2, 8), r"build\(width, heads, context\)"),
+             (models.Model, lambda one: one.predict(None), r"predict\(h\)"),
+             (models.Architecture, lambda one: one.build(None), r"build\(signal\)"),
+             (tasks.Task, lambda one: one.load(None, batch=1), r"load\(root, batch, seed, context\)"),
+             (tasks.Dataset, lambda one: one.batch(0), r"batch\(step\)"),
+             (estimators.Estimator, lambda one: one.gradient(None, None, None), r"gradient\(batch, solver, nudged\)"),
+             (estimators.ByAdjoint, lambda one: one.adjoint(None, None), r"adjoint\(problem, solver\)")]
+    for base, use, said in owing:
+        mine = type("Mine", (base,), {})
+        with pytest.raises(NotImplementedError, match=f"Mine does not define {said}"):
+            use(mine())

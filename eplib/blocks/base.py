@@ -14,7 +14,7 @@ from ..calculus import (
     Prefix,
     ThinSlope,
 )
-from ..families import Family
+from ..families import Family, owed
 
 
 class Dynamical(nn.Module):
@@ -100,4 +100,4 @@ class Block(Family):
 
     def build(self, width: int, heads: int, context: int) -> Dynamical:
         """The module for states (..., T <= context, width)."""
-        raise NotImplementedError
+        raise owed(self, "build(width, heads, context)")

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..estimators import BACKWARD, LINEARISATION, PRODUCT, Problem, lanes
-from ..families import Family
+from ..families import Family, owed
 from ..solvers import norm
 
 Strength = Annotated[float, Field(ge=0)]
@@ -32,7 +32,7 @@ class Penalty(Family):
 
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
         """The penalty at a free state. step: the solver's. carried: tensors of its own from call to call."""
-        raise NotImplementedError
+        raise owed(self, "__call__(problem, step, carried)")
 
 
 def gradient(problem: Problem, cost: float, total: Callable[[], Tensor]) -> tuple[dict[str, Tensor], float, float]:

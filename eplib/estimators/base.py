@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..dynamics import Linearisation
-from ..families import Family
+from ..families import Family, owed
 from ..solvers import Solution, Solver, norm
 from .batch import Batch
 from .problem import Problem
@@ -41,8 +41,7 @@ class Estimator(Family):
     def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
         """The task's part of the report; its state and the penalties' part are filled in. solver: of the free phase. nudged: of
         the second one, None where there is none."""
-        raise NotImplementedError(f"{type(self).__name__} has no gradient; override it, or inherit from estimators.ByAdjoint "
-                                  "and override adjoint")
+        raise owed(self, "gradient(batch, solver, nudged), or, as an estimators.ByAdjoint, adjoint(problem, solver)")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ByAdjoint(Estimator):
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
         """The adjoint state. solver: of the second phase, that of the free phase where there is none."""
-        raise NotImplementedError(f"{type(self).__name__} has no adjoint; override it")
+        raise owed(self, "adjoint(problem, solver)")
 
     def gradient(self, batch: Batch, solver: Solver, nudged: Solver | None) -> Report:
         """d/dtheta of mean_b <a_b, F(z*_b; theta)> + l_b at the free state: of the block's weights sums of outer products of

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import configuration
 from ..dynamics import InKernel, projection
+from ..families import owed
 from ..models import Model
 from ..solvers import Solution, Solver, Status, norm, relative_force
 from .base import BACKWARD, FORCE, Estimator, Steps
@@ -34,11 +35,11 @@ class FiniteHorizon(Estimator):
 
     def cost(self, model: Model) -> int:
         """In force evaluations."""
-        raise NotImplementedError
+        raise owed(self, "cost(model)")
 
     def unroll(self, model: Model, x: Tensor, solver: Solver) -> Tensor:
         """The last state, with the graph that leads to it."""
-        raise NotImplementedError
+        raise owed(self, "unroll(model, x, solver)")
 
     def differentiate(self, batch: Batch, solver: Solver) -> Unrolled:
         """By PyTorch, through a graph of everything that `unroll` computes."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Dynamical, EquilibriumBlock
-from ..families import Family
+from ..families import Family, owed
 from ..intact import refuse_hooked_wrapper
 from ..solvers import Solution, Solver
 from ..tasks import Signal
@@ -36,15 +36,15 @@ class Model(nn.Module):
 
     def clamp(self, inputs: Tensor) -> Tensor:
         """What clamps the block, x (B, ...). Raises TypeError or ValueError for inputs that the model does not take."""
-        raise NotImplementedError
+        raise owed(self, "clamp(inputs)")
 
     def predict(self, h: Tensor) -> Tensor:
         """What the model says, of what is read out: for classes and symbols one logit each, (B, ..., V)."""
-        raise NotImplementedError
+        raise owed(self, "predict(h)")
 
     def loss_of(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """One loss for each sample: (B,)."""
-        raise NotImplementedError
+        raise owed(self, "loss_of(predictions, targets)")
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """One loss for each sample: (B,)."""
@@ -114,4 +114,4 @@ class Architecture(Family, default="Transformer"):
 
     def build(self, signal: Signal) -> Model:
         """The model that takes what a task gives, with initial weights. Raises TypeError for a signal that it does not take."""
-        raise NotImplementedError
+        raise owed(self, "build(signal)")

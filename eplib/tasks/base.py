@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from ..data import DATA, Vocabulary
-from ..families import Family
+from ..families import Family, owed
 from .signals import Signal
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class Dataset:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs (B, ...) and targets (B, ...) of update `step`, from 0."""
-        raise NotImplementedError
+        raise owed(self, "batch(step)")
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The validation split in batches, the same ones each time."""
-        raise NotImplementedError
+        raise owed(self, "validation()")
 
     def baselines(self) -> dict[str, float]:
         """What predictors without a network reach on the validation split, in nats: {words for it: loss}."""
@@ -56,4 +56,4 @@ class Task(Family):
 
         Raises `eplib.data.DataError` where they are missing or damaged, ValueError if batch or context do not fit them.
         """
-        raise NotImplementedError
+        raise owed(self, "load(root, batch, seed, context)")
