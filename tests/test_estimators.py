@@ -503,7 +503,8 @@ def test_the_reported_cost_counts_every_force_linearisation_product_and_backward
 
     assert cost(estimators.Implicit(steps=5)) == 10 + 1 + 6 + state  # whose J^T is PyTorch's
     assert cost(estimators.BPTT(steps=7)) == 3 * 7 and cost(estimators.BPTT(steps=7, window=2)) == 7 + 2 * 2
-    assert cost(estimators.BPTT(steps=7, window=9)) == 3 * 7
+    with pytest.raises(ValueError, match="window=9 goes back further than the 7 steps"):
+        estimators.BPTT(steps=7, window=9)
     flat = models.LanguageModel(vocab=11, width=16, heads=4, context=6, block=blocks.Feedforward()).double()
     assert cost(estimators.Backprop(), flat) == 3
     driven = (controllers.Homeostasis(), controllers.Homeostasis())

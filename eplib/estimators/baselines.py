@@ -28,7 +28,7 @@ class Implicit(ByAdjoint):
         def force(a: Tensor) -> Tensor:
             return torch.autograd.grad(push, state, a, retain_graph=True)[0] + problem.slope
 
-        phase = solver.solve(force, torch.zeros_like(problem.slope), lambda f, _: norm(f) / problem.scale)
+        phase = solver.solve(force, torch.zeros_like(problem.slope), lambda f, _: norm(f) / problem.scale, linear=True)
         return Adjoint(phase.value, phase, evaluations=FORCE + PRODUCT * phase.evaluations)
 
 

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,13 +70,20 @@ class FiniteHorizon(Estimator):
 @configuration
 class BPTT(FiniteHorizon):
     """Backpropagation through exactly `steps` Euler steps from the block's start state; memory grows with them. `window`
-    truncates it to the last so many."""
+    truncates it to the last so many: the state that they set out from counts as given, the start state too."""
 
     steps: Steps = 64
     window: Steps | None = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> "BPTT":
+        if (self.window or 0) > self.steps:
+            raise ValueError(f"window={self.window} goes back further than the {self.steps} steps there are; leave it out for "
+                             "all of them and the start state's own gradient")
+        return self
+
     def cost(self, model: Model) -> int:
-        return FORCE * self.steps + BACKWARD * min(self.window or self.steps, self.steps)
+        return FORCE * self.steps + BACKWARD * (self.window or self.steps)
 
     @property
     def _before(self) -> int:

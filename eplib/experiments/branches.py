@@ -6,6 +6,7 @@ spread of their difference over seeds is that of the rule.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from .. import plotting
 from ..store import tables
@@ -24,14 +25,15 @@ def by_step(runs: Iterable[Run]) -> dict[int, dict[str, list[Run]]]:
 
 
 def rows(runs: Iterable[Run], against: str, margin: float) -> list[list]:
-    """A row for each step and rule among the branches: width, step, label, seeds, how far its final loss is from that of the rule
-    `against`, seed by seed, with its interval, whether they are equivalent within the margin (nats), and the share that
-    settled."""
+    """A row for each step and rule among the branches: the model's width, step, label, seeds, how far its final loss is from
+    that of the rule `against`, seed by seed, with its interval, whether they are equivalent within the margin (nats), and the
+    share that settled."""
     found = []
     for step, arms in by_step(runs).items():
         for arm in arms.keys() - {against}:
+            model: Any = arms[arm][0].config.model
             seen = compare(differences(arms, arm, against))
-            found.append([arms[arm][0].config.model.width, step, plotting.label(arm), seen.pairs, interval(seen, 4),
+            found.append([model.width, step, plotting.label(arm), seen.pairs, interval(seen, 4),
                           relation(seen, [*arms[arm], *arms.get(against, [])], margin), tables.settled_cell(arms[arm])])
     return sorted(found, key=lambda row: row[:3])
 
