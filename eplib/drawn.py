@@ -53,4 +53,4 @@ def _rows(ax: Axes) -> Iterator[tuple]:
         yield from ((str(bars.get_label()), number, bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bars)
     for image in ax.images:
         number += 1
-        yield from (("pixel", number, x, y, value) for (y, x), value in np.ndenumerate(np.ma.getdata(image.get_array())))
+        yield from (("pixel", number, x, y, value) for (y, x), value in np.ndenumerate(np.asarray(image.get_array())))
