@@ -3,11 +3,14 @@
 Imports neither torch nor NumPy: every command starts with it.
 """
 
+import errno
 import itertools
 import os
 import platform
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,15 @@ def alive(pid: int) -> bool:
     return True
 
 
+def partial(path: Path) -> Path:
+    """A name beside `path` for what is not whole yet, which says whose it is."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}-{next(_COUNT)}.partial")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file whole or not at all: a temporary file beside it, then a rename. Text becomes UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}-{next(_COUNT)}.partial")
+    temporary = partial(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
@@ -51,12 +59,42 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def publish(folder: Path, files: dict[str, bytes | str], stands: Callable[[], bool]) -> None:
+    """Puts a folder of files in its place whole, by one rename. A folder that is there gives way, unless it `stands`: who comes
+    second leaves what the first has put there."""
+    staged = partial(folder)
+    staged.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            (staged / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        while not stands():
+            try:
+                staged.rename(folder)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                with suppress(FileNotFoundError):  # another has moved it
+                    shutil.rmtree(folder.rename(partial(folder)))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def leftovers(folder: Path) -> Iterator[Path]:
-    """The temporary files in a folder, at any depth, of processes of this host that are gone."""
+    """What is not whole in a folder, at any depth, and was a process's of this host that is gone."""
     for path in sorted(folder.rglob(".*.partial")):
         owner = re.search(rf"\.{re.escape(HOST)}\.(\d+)-\d+\.partial$", path.name)
         if owner and not alive(int(owner[1])):
             yield path
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder; what is not there is gone already."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def read_yaml(path: Path, refused: type[Exception]) -> Any:

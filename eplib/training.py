@@ -103,6 +103,9 @@ class Trainer:
             self._step()
             self.progress.seconds.append(time.perf_counter() - began)
             step = self.progress.step
+            if time.monotonic() - shown > 0.5:  # before anything is written: who shows may have lost the run, and stop it
+                shown = time.monotonic()
+                show(bar.line(self.progress))
             if self._evaluates(step):
                 self._evaluate(step)
             if step in self.config.keep or step == self.config.steps:
@@ -110,9 +113,6 @@ class Trainer:
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save()
                 saved = time.monotonic()
-            if time.monotonic() - shown > 0.5:
-                shown = time.monotonic()
-                show(bar.line(self.progress))
         self._save()
         return self.progress
 

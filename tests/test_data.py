@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from eplib import data as reading
+from eplib import files as writing
 from eplib.data import DataError, RawFile
 from pipelines import data as preparing
 from pipelines import fetching
@@ -99,8 +100,9 @@ def test_full_disk_of_temporary_files_stops_at_once(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the kernel's always-full device")
-def test_full_device(tmp_path):
-    (tmp_path / f".{FILE.name}.part").symlink_to("/dev/full")
+def test_full_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "partial", lambda path: tmp_path / "full")
+    (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(DataError, match="disk is full"):
         fetching.write(tmp_path / FILE.name, CONTENT)
     assert listing(tmp_path) == []
@@ -123,7 +125,7 @@ def test_fetch_goes_on_after_an_interruption(tmp_path, monkeypatch):
         preparing.fetch_mnist(tmp_path)
     folder = tmp_path / "raw" / "mnist"
     assert listing(folder) == ["a"]
-    (folder / ".b.part").write_bytes(CONTENT[:10])
+    (folder / f".b.{writing.HOST}.{2**22 + 1}-0.partial").write_bytes(CONTENT[:10])  # beyond the last process number of Linux
     preparing.fetch_mnist(tmp_path)
     assert asked == ["a", "b", "b", "c"] and listing(folder) == ["a", "b", "c"]
 

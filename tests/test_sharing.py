@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import eplib.data
-from eplib import files, profiles
+from eplib import files, profiles, training
 from eplib.store import leases, records
 from eplib.store.leases import Held, Lost, lease
 from eplib.store.records import Store, configurations
@@ -42,15 +42,25 @@ def dead() -> int:
 
 # --- leases
 
+def lock_of(path: Path, host: str, pid: int, ends: float) -> None:
+    """A lock as a process somewhere made it, which ends so many seconds from now."""
+    claim = path.with_name(f"{path.name}|{host}|{pid}|{time.monotonic_ns()}")
+    claim.write_text(str(claim))
+    os.utime(claim, (time.time() + ends,) * 2)
+    linked = path.with_name(f"{claim.name}.link")
+    os.link(claim, linked)
+    linked.replace(path)
+
+
 def test_a_lease_has_one_holder_and_is_free_when_it_is_given_back(tmp_path):
-    path = tmp_path / "leases" / "run.json"
+    path = tmp_path / "leases" / "run.lock"
     with lease(path) as check:
         check()
         assert leases.holder(path) == f"process {os.getpid()} on {files.HOST}"
         with pytest.raises(Held, match=f"process {os.getpid()} on"), lease(path):
             pass
         check()
-    assert not path.exists() and leases.holder(path) is None
+    assert list(path.parent.iterdir()) == [] and leases.holder(path) is None
     with pytest.raises(KeyError), lease(path):
         raise KeyError
     with lease(path):
@@ -58,7 +68,7 @@ def test_a_lease_has_one_holder_and_is_free_when_it_is_given_back(tmp_path):
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_at_once_and_that_of_a_living_one_is_not(tmp_path):
-    path = tmp_path / "run.json"
+    path = tmp_path / "run.lock"
     other = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
@@ -70,45 +80,55 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once_and_that_of_a_livin
     assert path.exists() and leases.holder(path) is None
     with lease(path) as check:
         check()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lease_of_another_host_is_stale_when_nobody_has_renewed_it_for_minutes(tmp_path):
-    path = tmp_path / "run.json"
-    for text in (json.dumps({"host": "elsewhere", "pid": 1}), ""):  # "": its writer died before a word was written
-        path.write_text(text)
-        with pytest.raises(Held, match=r"elsewhere|unknown host"), lease(path):
+def test_the_lease_of_another_host_is_taken_over_when_nobody_has_renewed_it(tmp_path):
+    path = tmp_path / "run.lock"
+    for pid in (os.getpid(), dead()):  # numbers of processes here say nothing of those there
+        lock_of(path, "elsewhere", pid, -leases.CLOCKS + 3)
+        with pytest.raises(Held, match=f"process {pid} on elsewhere"), lease(path):
             pass
-        old = time.time() - leases.STALE - 1
-        os.utime(path, (old, old))
-        with lease(path) as check:
-            check()
+    os.utime(path, (time.time() - leases.CLOCKS - 2,) * 2)
+    assert leases.holder(path) is None
+    with lease(path) as check:
+        check()
+    path.write_text("")  # as a full disk or a power failure leaves it
+    with pytest.raises(Held, match="if nobody trains the run, remove"), lease(path):
+        pass
 
 
-def test_a_holder_renews_its_lease_and_hears_when_another_has_taken_it(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
+def test_a_holder_renews_its_lease_and_stops_at_once_when_another_has_taken_it(tmp_path, monkeypatch):
+    path = tmp_path / "run.lock"
     monkeypatch.setattr(leases, "RENEW", 0.01)
     with lease(path):
-        old = time.time() - leases.STALE - 1
-        os.utime(path, (old, old))
+        os.utime(path, (time.time() - 100,) * 2)
         until = time.monotonic() + 10
-        while leases.holder(path) is None:
+        while path.stat().st_mtime < time.time() + leases.LIFETIME - 5:
             assert time.monotonic() < until, "not renewed"
             time.sleep(0.005)
+
+    def long_computation(until: float) -> None:  # which asks nothing
+        lock_of(path, "elsewhere", 1, 60)
+        while time.monotonic() < until:
+            pass
+
+    with pytest.raises(Lost, match="so process 1 on elsewhere took it over"), lease(path):
+        long_computation(time.monotonic() + 10)
+    assert path.exists()  # what is not its own is not given back
+    path.unlink()
     monkeypatch.setattr(leases, "RENEW", 100.0)
     with lease(path) as check:
-        os.utime(path, (old, old))
-        with lease(path), pytest.raises(Lost, match=r"process .* took it over"):
+        path.unlink()
+        with pytest.raises(Lost, match=r"so .* took it over"):
             check()
-        assert not path.exists()
-        with pytest.raises(Lost, match="was removed while the run was at work"):
-            check()
-        path.write_text("somebody else's")
-    assert path.exists()  # what is not its own is not given back
+    with pytest.raises(KeyboardInterrupt), lease(path):
+        raise KeyboardInterrupt
 
 
-def test_no_two_ever_hold_a_lease_that_is_fought_for_and_left_stale(tmp_path):
-    path, inside, most, rounds, failures = tmp_path / "run.json", [], [0], [0], []
-    stale, guard = json.dumps({"host": files.HOST, "pid": dead()}), threading.Lock()
+def test_no_two_ever_hold_a_lease_that_is_fought_for_and_left_behind(tmp_path):
+    path, inside, most, rounds, failures = tmp_path / "run.lock", [], [0], [0], []
+    gone, guard = dead(), threading.Lock()
 
     def fight() -> None:
         until = time.monotonic() + 60
@@ -124,7 +144,7 @@ def test_no_two_ever_hold_a_lease_that_is_fought_for_and_left_stale(tmp_path):
                         with guard:
                             inside.remove(turn)
                         if turn % 3 == 0:
-                            path.write_text(stale)  # as if this process had died in it
+                            lock_of(path, files.HOST, gone, 60)  # as if this process had died in it
                     break
                 except Held:
                     if time.monotonic() > until:
@@ -171,12 +191,58 @@ def test_who_has_lost_its_run_writes_nothing(root, monkeypatch):  # noqa: F811
 
     def taken_over(trainer):
         step(trainer)
-        store._lease(wanted).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        lock_of(store._lease(wanted), "elsewhere", 1, 60)
 
     monkeypatch.setattr(Trainer, "_step", taken_over)
     with pytest.raises(Lost, match="process 1 on elsewhere took it over"):
         store.run(wanted)
     assert outcome(root) == {} and store.holder(wanted) == "process 1 on elsewhere"
+
+
+def test_a_run_is_published_whole_or_not_at_all_and_the_first_to_publish_it_wins(root, monkeypatch):  # noqa: F811
+    store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
+
+    def everything() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in store._place(wanted).folder.parent.rglob("*") if path.is_file()}
+
+    write = Path.write_bytes
+
+    def killed(path, content):
+        if path.name == "metrics.json":
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.run(wanted)
+    assert everything() == {}
+    run = store.run(wanted)
+    (run.folder / "curve.csv").write_text("the first's")
+    store._train(wanted, float("inf"), "cpu", lambda _: None, None, lambda: None)  # by who does not know that it has lost it
+    assert everything()["curve.csv"] == b"the first's"
+    provenance = json.loads((run.folder / "provenance.json").read_text())
+    (run.folder / "provenance.json").write_text(json.dumps(provenance | {"source": "older"}))
+    (run.folder / "horizon.json").write_text("of the older run")
+    assert store.run(wanted).current and "horizon.json" not in everything() and everything()["curve.csv"] != b"the first's"
+    assert [path.name for path in run.folder.parent.iterdir()] == [run.name]
+
+
+def test_who_has_lost_its_run_does_not_write_over_the_checkpoint_of_who_has_it(root, monkeypatch):  # noqa: F811
+    store, wanted = Store("x", root), configurations("x", "tiny", root)[0]
+    step = Trainer._step
+
+    def suspended(trainer):
+        step(trainer)
+        lock_of(store._lease(wanted), "elsewhere", 1, 60)
+        trainer.folder.mkdir(parents=True)
+        trainer.checkpoint.write_text("the other's")
+
+    monkeypatch.setattr(Trainer, "_step", suspended)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Lost):
+        store.run(wanted)
+    assert (store.scratch(wanted) / "checkpoint.safetensors").read_text() == "the other's"
 
 
 def test_a_run_begun_by_older_source_is_named_and_cleaned_once_the_run_is_there(root, command, capsys):  # noqa: F811
@@ -202,12 +268,14 @@ def test_only_runs_and_what_dead_writers_left_are_pruned(root):  # noqa: F811
     kept = [run.folder.parent / name for name in ("notes.txt", "notes/plan.txt", "gone-lr0.01-seed0-0123abc/x",
                                                   f".a.{mine}.partial", ".a.elsewhere.1-0.partial")]
     left = run.folder / f".log.csv.gz.{files.HOST}.{dead()}-3.partial"
-    for path in [*kept, left]:
+    staged = run.folder.with_name(f".{run.name}.{files.HOST}.{dead()}-4.partial")
+    for path in [*kept, left, staged / "metrics.json"]:
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
     (run.folder.parent / "file-lr0.01-seed0-0123abcd").write_text("named like a run, but a file")
     assert store.prune("tiny") == [gone.name] and store.prune("tiny") == []
     assert all(path.exists() for path in kept) and not left.exists() and not gone.exists() and store.find(run.config)
+    assert not staged.exists()
     assert (run.folder.parent / "file-lr0.01-seed0-0123abcd").exists()
 
 

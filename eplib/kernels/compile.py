@@ -9,6 +9,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from ..files import partial
+
 SOURCE = Path(__file__).with_name("thick.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 
@@ -47,15 +49,15 @@ def build() -> Path:
     target.parent.mkdir(exist_ok=True)
     for old in target.parent.glob("thick-*"):
         old.unlink()
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    unfinished = partial(target)
     for threads in (["-fopenmp"], []):  # without OpenMP the kernel starts threads of its own
-        done = subprocess.run([program, *FLAGS, *threads, str(SOURCE), "-o", str(partial)], capture_output=True, text=True)
+        done = subprocess.run([program, *FLAGS, *threads, str(SOURCE), "-o", str(unfinished)], capture_output=True, text=True)
         if not done.returncode:
             break
     else:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise KernelError(f"{program} could not compile {SOURCE.name}: {done.stderr.strip()[-2000:]}")
-    os.replace(partial, target)
+    os.replace(unfinished, target)
     return target
 
 

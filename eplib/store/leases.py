@@ -1,23 +1,23 @@
-"""Who trains a run: one process at a time, whatever commands and notebooks work on one store.
+"""Who trains a run: one process at a time, whatever commands, notebooks and machines work on one store.
 
-A lease is a file that names its holder's host and process; the holder touches it every RENEW seconds. A lease is stale, and the
-next who asks takes it over, if its process is gone (seen on the same host) or if nobody touched it for STALE seconds (seen
-anywhere). Making, taking over, renewing and giving back each happen under a lock of the folder (flock, which the system lifts
-from a process that dies), so a lease never has two holders.
+A lease is a lock of flufl.lock, a hard link to a file of its holder's: that works on a folder shared between machines, too. It
+ends at its time of change, which its holder moves on; who asks for one that has ended, or whose holder was a process of this
+host that is gone, takes it over. The machines' clocks may differ by CLOCKS.
 """
 
-import json
-import os
+import _thread
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
 from ..files import HOST, alive
 
-RENEW, STALE = 20.0, 180.0  # seconds
+LIFETIME, RENEW = 60.0, 15.0  # seconds
+CLOCKS = 10.0  # seconds, as flufl.lock allows
 
 
 class Held(RuntimeError):
@@ -25,77 +25,102 @@ class Held(RuntimeError):
 
 
 class Lost(RuntimeError):
-    """This process held the lease, was not seen for STALE seconds, and another has taken it over."""
+    """This process held the lease, did not renew it for LIFETIME seconds, and another has taken it over."""
 
 
 @contextmanager
 def lease(path: Path) -> Iterator[Callable[[], None]]:
-    """Holds the lease at `path` while the body runs. Gives a function that raises `Lost` if it is held no longer.
+    """Holds the lease at `path` while the body runs. Gives a function that raises `Lost` if it is held no longer; in the main
+    thread the body is interrupted by `Lost` when that is noticed.
 
     Raises `Held` if another process, or another thread of this one, has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mine = json.dumps({"host": HOST, "pid": os.getpid(), "since": time.time(), "token": uuid4().hex})
-    with _alone(path.parent):
-        if other := holder(path):
-            raise Held(other)
-        path.unlink(missing_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(mine)
-    ended = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(path, mine, ended), daemon=True)
-    renewal.start()
+    from flufl.lock import NotLockedError  # here, as below: a store can be read without it
+
+    lock, over, lost = _acquired(path), threading.Event(), threading.Event()
+    interrupts = threading.current_thread() is threading.main_thread()
 
     def check() -> None:
-        if not path.exists():
-            raise Lost(f"{path.stem}: its lease at {path} was removed while the run was at work")
-        if not _is(path, mine):
-            raise Lost(f"{path.stem}: not renewed for {STALE:.0f} s, so {holder(path) or 'another process'} took it over")
+        if lost.is_set() or not lock.is_locked:
+            raise Lost(f"{path.stem}: not renewed for {LIFETIME:.0f} s, so {holder(path) or 'another process'} took it over")
 
+    def renew() -> None:
+        while not over.wait(RENEW):
+            try:
+                lock.refresh()
+            except NotLockedError:
+                lost.set()
+                if interrupts and not over.is_set():
+                    _thread.interrupt_main()
+                return
+            except OSError:  # the folder does not answer now; the lease lasts for a while
+                continue
+
+    renewal = threading.Thread(target=renew, daemon=True)
+    renewal.start()
     try:
         yield check
+    except KeyboardInterrupt:
+        check()
+        raise
     finally:
-        ended.set()
+        over.set()
         renewal.join()
-        with _alone(path.parent):
-            if _is(path, mine):
-                path.unlink()
+        lock.unlock(unconditionally=True)
+
+
+def _acquired(path: Path) -> Any:
+    from flufl.lock import AlreadyLockedError, Lock, TimeOutError
+
+    class Named(Lock):
+        hostname = HOST  # containers may share a host's name
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if other := holder(path):
+        raise Held(other)
+    _clear(path)
+    patience = timedelta(seconds=3 if _ended(path) else 0)  # in which one that has ended is broken
+    lock = Named(str(path), lifetime=timedelta(seconds=LIFETIME))
+    with suppress(AlreadyLockedError):  # made, but the answer was lost on the network
+        try:
+            lock.lock(timeout=patience)
+        except TimeOutError:
+            raise Held(holder(path) or "another process") from None
+    return lock
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lease at `path`, in words; None if nobody does or it is stale."""
+    """Who holds the lease at `path`, in words; None if nobody does, or if it has ended."""
     try:
-        age, text = time.time() - path.stat().st_mtime, path.read_text(encoding="utf-8")
+        _, host, pid = _claim(path)
     except FileNotFoundError:
         return None
+    except ValueError:
+        return f"an unreadable lock; if nobody trains the run, remove {path}"
+    return None if _ended(path) or (host == HOST and not alive(pid)) else f"process {pid} on {host}"
+
+
+def _ended(path: Path) -> bool:
     try:
-        owner = json.loads(text)
-    except ValueError:  # its writer died before a word was written
-        owner = {"host": "an unknown host", "pid": None}
-    if age > STALE or (owner["host"] == HOST and not alive(owner["pid"])):
-        return None
-    return f"process {owner['pid']} on {owner['host']}"
-
-
-def _renew(path: Path, mine: str, ended: threading.Event) -> None:
-    while not ended.wait(RENEW):
-        with _alone(path.parent):
-            if not _is(path, mine):
-                return
-            os.utime(path)
-
-
-def _is(path: Path, mine: str) -> bool:
-    try:
-        return path.read_text(encoding="utf-8") == mine
+        return path.stat().st_mtime + CLOCKS < time.time()
     except FileNotFoundError:
         return False
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    import fcntl  # here, so that a store can be read where there is none
+def _claim(path: Path) -> tuple[Path, str, int]:
+    """The holder's own file that the lock is a link to, its host and its process."""
+    text = path.read_text(encoding="utf-8")
+    _, host, pid, _ = text.rsplit("|", 3)
+    return path.with_name(Path(text).name), host, int(pid)
 
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+def _clear(path: Path) -> None:
+    """Removes the lock of a process of this host that is gone. Of several that find it one does: who can rename its claim."""
+    with suppress(FileNotFoundError, ValueError):
+        claim, host, pid = _claim(path)
+        if host == HOST and not alive(pid):
+            won = claim.with_name(f"{claim.name}.gone")
+            claim.rename(won)
+            if _claim(path)[0] == claim:
+                path.unlink()
+            won.unlink()

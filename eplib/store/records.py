@@ -5,18 +5,17 @@
     results/<profile>/weights/<experiment>/<name>-<digest>/ step-000300.safetensors log.csv.gz   (every step; stays here)
     results/<profile>/machine/runs/<experiment>/<name>-<digest>/ machine.json timing.csv   (times and host, kept apart)
 
-The digest is that of what differs from the defaults, and config.json is whole: a changed configuration, or default, never shows
-an old result, and an option that is added with a default leaves every run where it is.
+The first of these is there as a whole or not at all, and whoever publishes a run second leaves the first's. The digest is that
+of what differs from the defaults, and config.json is whole: a changed configuration, or default, never shows an old result, and
+an option that is added with a default leaves every run where it is.
 """
 
 import gzip
 import math
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from .. import markup
 from ..config import ConfigurationError, parse, plain
 from ..diagnostics import clean_and_noisy
-from ..files import leftovers, write_atomically
+from ..files import leftovers, publish, remove, write_atomically
 from ..models import Backend
 from ..profiles import ROOT, configurations, load_profile, run_folder
 from ..provenance import machine, versions
@@ -87,7 +86,7 @@ class Store:
         run for which a default was another one is warned of and does not count.
         """
         run = self._place(config)
-        if not (run.folder / "metrics.json").exists():  # written last: a run is there as a whole or not at all
+        if not (run.folder / "metrics.json").exists():
             return None
         if problem := _mismatch(run):
             warnings.warn(f"{run.folder} does not stand for this configuration: {problem}", stacklevel=2)
@@ -164,11 +163,10 @@ class Store:
         for folder in (part / experiment for part in (*parts, self.checkpoints / "states")):
             for path in folder.iterdir() if folder.exists() else ():
                 if path.name not in wanted and path.is_dir() and not path.is_symlink() and RUN.fullmatch(path.name):
-                    with suppress(FileNotFoundError):  # another command prunes as well
-                        shutil.rmtree(path)
+                    remove(path)
                     gone.add(path.name)
             for path in leftovers(folder):
-                path.unlink(missing_ok=True)
+                remove(path)
         return sorted(gone)
 
     def _train(self, config: RunConfig, deadline: float, device: str, show: Callable[[str], None], backend: Backend | None,
@@ -177,7 +175,7 @@ class Store:
             check()
             show(line)
 
-        backend = backend or fastest_backend(config, device)
+        began, backend = time.monotonic(), backend or fastest_backend(config, device)
         origin = self.kept_state(config.branch) if config.branch else None
         noted = {"origin": digest_of(origin)} if origin else {}
         trainer = Trainer(config, self.scratch(config), self.root / "data", device, backend, origin)
@@ -186,48 +184,46 @@ class Store:
         if config.adaptive:
             metrics["adaptive"] = clean_and_noisy(trainer.average, trainer.task, config.solver.step)
         check()
-        run = self._record(trainer, progress, metrics, device, noted)
+        run = self._record(trainer, progress, metrics, noted, {"device": device, "wall": round(time.monotonic() - began, 1)})
         for folder in self.unfinished(config):
-            shutil.rmtree(folder)
+            remove(folder)
         return run
 
-    def _record(self, trainer: Trainer, progress: Progress, metrics: dict, device: str, noted: dict) -> Run:
+    def _record(self, trainer: Trainer, progress: Progress, metrics: dict, noted: dict, session: dict) -> Run:
         config = trainer.config
         run = self._place(config)
-        for name in ("metrics.json", "horizon.json", "sample.txt"):  # of older source: a kill from here on leaves no mixture
-            (run.folder / name).unlink(missing_ok=True)
         for step in (*config.keep, config.steps):
             write_atomically(run.weights_folder / trainer.weights(step).name, trainer.weights(step).read_bytes())
             kept = state_path(self.checkpoints, f"{config.experiment}/{run.name}", step)
             write_atomically(kept, trainer.kept_state(step).read_bytes())
         curve, timing = evaluations(progress)
         write_atomically(run.machine_folder / "timing.csv", to_csv(timing))
-        write_atomically(run.machine_folder / "machine.json", to_json(machine() | {
-            "device": device, "seconds": sum(progress.seconds), "sessions": progress.sessions}))
-        write_atomically(run.folder / "config.json", to_json(plain(config)))
+        write_atomically(run.machine_folder / "machine.json", to_json(machine() | session | {
+            "seconds": sum(progress.seconds), "sessions": progress.sessions}))
         # a third of the size; without a time, so that equal logs are equal files
         write_atomically(run.weights_folder / "log.csv.gz", gzip.compress(to_csv(progress.rows), mtime=0))
-        write_atomically(run.folder / "log.csv.gz", gzip.compress(to_csv(windows(progress.rows)), mtime=0))
-        write_atomically(run.folder / "curve.csv", to_csv(curve))
-        write_atomically(run.folder / "provenance.json", to_json({"source": source_digest(config), "backend": trainer.backend}
-                                                                 | noted | versions()))
-        if self.sample and trainer.task.vocabulary:
-            self._write_sample(run)
-        write_atomically(run.folder / "metrics.json", to_json(metrics))
+        publish(run.folder, {
+            "config.json": to_json(plain(config)),
+            "log.csv.gz": gzip.compress(to_csv(windows(progress.rows)), mtime=0),
+            "curve.csv": to_csv(curve),
+            "provenance.json": to_json({"source": source_digest(config), "backend": trainer.backend} | noted | versions()),
+            "metrics.json": to_json(metrics)} | (self._sample(run) if trainer.task.vocabulary else {}),
+            stands=lambda: self.find(config) is not None)
         return self._place(config)  # anew: nothing read before is kept
 
-    def _write_sample(self, run: Run) -> None:
+    def _sample(self, run: Run) -> dict[str, str]:
         try:
-            write_atomically(run.folder / "sample.txt", run.generate(PROMPT, self.sample))
+            return {"sample.txt": run.generate(PROMPT, self.sample)} if self.sample else {}
         except Exception as error:  # whatever it is, it is the sample's: the run stands
             warnings.warn(f"{run.config.experiment}/{run.config.name} is recorded without a sample of text: "
                           f"{type(error).__name__}: {error}", stacklevel=5)
+            return {}
 
     def _state(self, branch: Branch) -> Path:
         return state_path(self.checkpoints, branch.run, branch.step)
 
     def _lease(self, config: RunConfig) -> Path:
-        return self.checkpoints / "leases" / config.experiment / f"{self._place(config).name}.json"
+        return self.checkpoints / "leases" / config.experiment / f"{self._place(config).name}.lock"
 
     def _place(self, config: RunConfig) -> Run:
         return Run(config, self.results / "runs" / config.experiment / run_folder(config), self.run)
