@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -74,10 +74,12 @@ def _send(line: str) -> None:
     _lines.send(line)
 
 
-def _work(profile: str, config: RunConfig, root: Path, device: str, backend: Backend | None, end: float) -> None:
-    """end: when the budget ends, of time.time(): starting a worker takes seconds, which count."""
+def work(profile: str, config: RunConfig, root: Path, device: str, backend: Backend | None, end: float = math.inf,
+         show: Callable[[str], None] = _send) -> None:
+    """Trains a run in this process, as every worker and every job of a sweep does. end: when the budget ends, of time.time():
+    starting a worker takes seconds, which count. Raises `Held` where another process trains the run, `OutOfTime` at the end."""
     torch.set_num_threads(1)  # one run a core beats one run on all cores at these sizes, and fixes the order of sums
-    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, _send, backend, wait=False)
+    Store(profile, root).run(config, time.monotonic() + end - time.time(), device, show, backend, wait=False)
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Agenda:
         if time.monotonic() - self.looked < BUSY_SECONDS:
             return None
         for config in list(self.waiting):
-            if self._awaits(config):
+            if awaits(config, (*self.waiting, *self.given)):
                 continue
             if self.store.find(config):
                 self.waiting.remove(config)
@@ -152,11 +154,6 @@ class Agenda:
         if self.waiting:
             self.looked = time.monotonic()
         return None
-
-    def _awaits(self, config: RunConfig) -> bool:
-        """Whether the run that this one branches from is still to be trained here."""
-        left = {f"{one.experiment}/{run_folder(one)}" for one in (*self.waiting, *self.given)}
-        return config.branch is not None and config.branch.run in left
 
     def take(self, config: RunConfig, error: BaseException | None) -> None:
         """What came out of a run."""
@@ -185,14 +182,37 @@ class Agenda:
               f"{time.monotonic() - self.began:.0f} s){clear}", flush=True)
 
 
+def place(config: RunConfig) -> str:
+    """Where a store keeps a run: experiment/name-digest."""
+    return f"{config.experiment}/{run_folder(config)}"
+
+
+def awaits(config: RunConfig, left: Iterable[RunConfig]) -> bool:
+    """Whether the run that this one branches from is one of those that are still to be trained."""
+    return config.branch is not None and config.branch.run in map(place, left)
+
+
+def absent(store: Store, wanted: list[RunConfig]) -> list[RunConfig]:
+    """The runs that are to be trained. One that goes on from a run that is trained again is, too, unless that keeps the same
+    state."""
+    missing = [config for config in wanted if store.find(config) is None]
+    again = set(map(place, missing)) if store.stale == "retrain" else set()
+    return [config for config in wanted if config in missing or (config.branch and config.branch.run in again)]
+
+
+def keep_memory() -> None:
+    """Sets the allocator of the processes that this one starts."""
+    for name, value in ALLOCATOR.items():
+        os.environ.setdefault(name, value)
+
+
 def train(profile: str, configs: list[RunConfig], workers: int, device: str, budget: float, root: Path = ROOT,
           backend: Backend | None = None) -> int:
     """Trains `configs`, `workers` at a time, and prints progress; returns the exit status described above. Runs that other
     processes train are left to them, and waited for at the end."""
-    for name, value in ALLOCATOR.items():
-        os.environ.setdefault(name, value)
+    keep_memory()
     deadline, printed = time.monotonic() + budget, 0.0
-    task = partial(_work, profile, root=root, device=device, backend=backend, end=time.time() + budget)
+    task = partial(work, profile, root=root, device=device, backend=backend, end=time.time() + budget)
     agenda, team = Agenda(Store(profile, root), list(configs), len(configs)), [Worker() for _ in range(workers)]
     try:
         while True:
@@ -227,21 +247,24 @@ def _show(lines: list[str], printed: float) -> float:
     return printed
 
 
-def chosen(options: argparse.Namespace) -> list[RunConfig]:
-    """The runs that the arguments name. Raises `ConfigurationError`, ValueError for a wrong one."""
-    groups = load_profile(options.profile).get("runs") or {}
-    if options.experiment and options.experiment not in groups:
-        raise ConfigurationError(f"profile {options.profile} has no runs for {options.experiment!r}; it has "
-                                 f"{', '.join(groups)}")
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {options.device!r} was asked for, but torch finds no such device here")
-    if options.workers < 1:
-        raise ConfigurationError(f"--workers {options.workers}: at least one process has to train")
-    found = [config for group in ([options.experiment] if options.experiment else groups)
-             for config in configurations(options.profile, group) if options.only in config.name]
-    if not found and options.only:
-        raise ConfigurationError(f"no run of profile {options.profile} has {options.only!r} in its name")
+def chosen(profile: str, experiment: str | None, only: str) -> list[RunConfig]:
+    """The runs that the arguments name. Raises `ConfigurationError` where there are none."""
+    groups = load_profile(profile).get("runs") or {}
+    if experiment and experiment not in groups:
+        raise ConfigurationError(f"profile {profile} has no runs for {experiment!r}; it has {', '.join(groups)}")
+    found = [config for group in ([experiment] if experiment else groups)
+             for config in configurations(profile, group) if only in config.name]
+    if not found and only:
+        raise ConfigurationError(f"no run of profile {profile} has {only!r} in its name")
     return found
+
+
+def check(device: str, workers: int) -> None:
+    """Raises `ConfigurationError` for a device that is not here, or no workers."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {device!r} was asked for, but torch finds no such device here")
+    if workers < 1:
+        raise ConfigurationError(f"--workers {workers}: at least one process has to train")
 
 
 def state(store: Store, config: RunConfig) -> str:
@@ -255,40 +278,45 @@ def state(store: Store, config: RunConfig) -> str:
     return "absent; older source has begun it, which is not gone on from" if store.unfinished(config) else "absent"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_runs(text: str | None) -> argparse.ArgumentParser:
+    """The arguments that say which runs are trained, on what."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--experiment", help="one experiment of the profile; all by default")
     parser.add_argument("--only", default="", help="runs whose name contains this")
-    parser.add_argument("--budget", default="", help="stop after this long, e.g. 500s, 10m, 2h")
-    parser.add_argument("--workers", type=int, default=processors(),
-                        help="runs at a time; by default one for each processor that this process may use")
     parser.add_argument("--device", default="cpu", help="where to train, e.g. cuda; never chosen silently")
     parser.add_argument("--backend", choices=("torch", "compiled"),
                         help="what computes the phases; by default the compiled kernel where it is built and fits the run")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = parser_of_runs(__doc__)
+    parser.add_argument("--budget", default="", help="stop after this long, e.g. 500s, 10m, 2h")
+    parser.add_argument("--workers", type=int, default=processors(),
+                        help="runs at a time; by default one for each processor that this process may use")
     parser.add_argument("--list", action="store_true", help="say which runs are there and stop")
     options = parser.parse_args(arguments)
     try:
-        budget, wanted = seconds(options.budget) if options.budget else math.inf, chosen(options)
+        budget = seconds(options.budget) if options.budget else math.inf
+        wanted = chosen(options.profile, options.experiment, options.only)
+        check(options.device, options.workers)
     except (ConfigurationError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
     store = Store(options.profile)
-    absent = [config for config in wanted if store.find(config) is None]
-    begun = {f"{config.experiment}/{run_folder(config)}" for config in absent} if store.stale == "retrain" else set()
-    # a run that goes on from one that is trained again is, too, unless that keeps the same state
-    absent = [config for config in wanted if config in absent or (config.branch and config.branch.run in begun)]
-    print(f"{options.profile}: {len(wanted)} runs, {len(wanted) - len(absent)} recorded, {len(absent)} to train", flush=True)
-    if absent and options.device == "cpu" and not available():
+    missing = absent(store, wanted)
+    print(f"{options.profile}: {len(wanted)} runs, {len(wanted) - len(missing)} recorded, {len(missing)} to train", flush=True)
+    if missing and options.device == "cpu" and not available():
         print("the compiled kernel is not built: PyTorch computes everything, two to four times as slowly "
               "(make kernel builds it where there is a C++ compiler)", flush=True)
     if options.list:
         for config in wanted:
             print(f"  {config.experiment}/{config.name}: {state(store, config)}")
         return 0
-    status = train(options.profile, absent, min(options.workers, len(absent)), options.device, budget,
-                   backend=options.backend) if absent else 0
+    status = train(options.profile, missing, min(options.workers, len(missing)), options.device, budget,
+                   backend=options.backend) if missing else 0
     if status == 0 and not options.only:
         for group in [options.experiment] if options.experiment else load_profile(options.profile).get("runs") or {}:
             for name in store.prune(group):
