@@ -5,7 +5,9 @@
 # is the node's name, each slurmd is started by it, at the address 10.99.0.1 (n1) or 10.99.0.2 (n2), and slurmctld listens at 10.99.0.254.
 set -euo pipefail
 if [ "$1" = stop ]; then
-  for name in slurmd-n1 slurmd-n2 slurmctld munged; do kill "$(cat "$2/$name.pid")" 2>/dev/null || true; done
+  pids=$(cat "$2"/*.pid)
+  kill $pids
+  for pid in $pids; do while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done; done
   exit 0
 fi
 folder=$(mkdir -p "$2/state" && cd "$2" && pwd) port=$(shuf -i 20000-30000 -n 1) within=${3:-}
