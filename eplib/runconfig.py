@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from . import classics  # noqa: F401  (its architectures are chosen by name)
 from .config import configuration
@@ -13,46 +13,12 @@ from .controllers import Integral, Penalty
 from .data import DATA
 from .estimators import Beta, Estimator, second_phase
 from .models import Architecture, Model
+from .optimisers import Optimiser, UpdateRule
 from .solvers import Relaxation, Solver
 from .starts import LinearStart
 from .tasks import Dataset, Signal, Task
 
 Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-@configuration
-class Optimiser:
-    """AdamW under a warm-up, stable, decay (WSD) schedule.
-
-    lr: peak rate. warmup: share of the steps that rise linearly to it. decay: share at the end that falls linearly to zero,
-    which the update after the last would have. clip: largest gradient norm. clipping: what the clip cuts, the sum of the task's
-    and the penalties' gradients ("together"), or the task's alone ("apart"); then the penalties' is cut to the norm that the
-    task's has after that, or to the clip where there is none of the task, so that neither drowns the other. ema: decay per step
-    of the parameter average that is evaluated, less in the first steps, (1 + step) / (10 + step) at step 0, 1 ..; 0 evaluates
-    the weights.
-    """
-
-    lr: Annotated[float, Field(gt=0)] = 3e-3
-    warmup: Fraction = 0.05
-    decay: Fraction = 0.25
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    clipping: Literal["together", "apart"] = "together"
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Optimiser":
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} overlap: the peak rate would not be reached; "
-                             "give shares that sum to at most 1")
-        return self
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of update `step` (from 0) of `steps`."""
-        rise = (step + 1) / max(1.0, self.warmup * steps)
-        fall = (steps - step) / max(1.0, self.decay * steps)
-        return self.lr * min(1.0, rise, fall)
 
 
 @configuration
@@ -92,7 +58,7 @@ class RunConfig:
     start: LinearStart | None = None
     penalties: tuple[Penalty, ...] = ()
     gate: Annotated[float, Field(gt=0)] | None = None
-    optimiser: Optimiser = Optimiser()
+    optimiser: Annotated[Optimiser, PlainValidator(UpdateRule.read)] = Optimiser()
     steps: Positive
     batch: Positive = 16
     seed: Annotated[int, Field(ge=0)] = 0

@@ -67,8 +67,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in readout)
         self.average = deepcopy(self.model).requires_grad_(False) if config.optimiser.ema else self.model
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=config.optimiser.lr, betas=(0.9, 0.95),
-                                           weight_decay=config.optimiser.weight_decay)
+        self.optimiser = config.optimiser.build(self.model.parameters())
         self.state: dict[str, Any] = {}
         self.progress = Progress()
         if self.checkpoint.exists():

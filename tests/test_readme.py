@@ -93,7 +93,7 @@ def test_the_commands_exist_and_know_their_options():
         assert not [word for word in words if word.startswith("--") and f"{word} " not in usage.stdout], command
 
 
-@pytest.mark.parametrize("package", ["blocks", "solvers", "estimators", "controllers", "spectra", "diagnostics"])
+@pytest.mark.parametrize("package", ["blocks", "solvers", "estimators", "controllers", "optimisers", "spectra", "diagnostics"])
 def test_the_table_of_parts_names_what_is_there(package):
     [row] = re.findall(rf"^\| `{package}` \| (.+) \|$", README, re.MULTILINE)
     module, parts = importlib.import_module(f"eplib.{package}"), importlib.import_module("eplib")

@@ -26,11 +26,12 @@ from .energy import Energy, EnergyBlock
 from .given import FromEnergy
 from .layered import Feedforward, FeedforwardBlock, Layered, LayeredBlock
 from .linear import LinearAttention
+from .mixed import Mixed, MixedBlock
 from .monotone import Monotone, MonotoneBlock
 from .packed import Packed
 from .thick import EquilibriumBlock, Thick
 from .thin import Thin, ThinBlock
 
 __all__ = ["Attractor", "AttractorBlock", "Block", "Dynamical", "Energy", "EnergyBlock", "EquilibriumBlock", "Feedforward",
-           "FeedforwardBlock", "FromEnergy", "Jacobian", "Layered", "LayeredBlock", "LinearAttention", "Monotone",
-           "MonotoneBlock", "Packed", "Thick", "Thin", "ThinBlock"]
+           "FeedforwardBlock", "FromEnergy", "Jacobian", "Layered", "LayeredBlock", "LinearAttention", "Mixed", "MixedBlock",
+           "Monotone", "MonotoneBlock", "Packed", "Thick", "Thin", "ThinBlock"]
