@@ -16,7 +16,7 @@ import platform
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eplib.markup import is_table
 from eplib.settings import name_of
@@ -174,19 +174,21 @@ def up_to_date(profile: str, root: Path = ROOT) -> bool:
     )
 
 
-def compile_with(content: Path, root: Path, query: str = "", field: str = "value") -> Any:
-    """Set paper/main.typ with the file `content`, or answer a query about a field of its elements; raises PipelineError
-    with Typst's message."""
+def compile_with(
+    content: Path, root: Path, query: str = "", field: str = "value", format: Literal["pdf", "html"] = "pdf"
+) -> Any:
+    """Set paper/main.typ with the file `content`, as PDF or HTML, or answer a query about a field of its elements; raises
+    PipelineError with Typst's message."""
     import typst
 
     common: dict[str, Any] = {
         "root": str(root),
-        "sys_inputs": {"content": f"/{content.relative_to(root)}"},
+        "sys_inputs": {"content": f"/{content.relative_to(root)}", "format": format},
         "ignore_system_fonts": True,
     }
     main = str(root / "paper" / "main.typ")
     try:
-        return typst.query(main, query, field=field, **common) if query else typst.compile(main, **common)
+        return typst.query(main, query, field=field, **common) if query else typst.compile(main, format=format, **common)
     except typst.TypstError as error:
         raise PipelineError(f"paper/main.typ could not be set: {error}") from error
 

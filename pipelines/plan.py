@@ -68,6 +68,7 @@ class Plan:
 
         made: dict[str, dict[str, Any]] = {stage: {"code": code(f"pipelines.{stage}")}
                                            for stage in ("claims", "paper", "report")}
+        made["report"]["templates"] = {str(path.relative_to(self.root)): digest(path) for path in templates(self.root)}
         plugins = {str(path): digest(path) for path in self.plugins.values()}
         if not self.in_git:  # the paper profile's runs take hours, on any machine: no stage trains them
             made["data"] = {"code": code("pipelines.data")}
@@ -81,6 +82,12 @@ class Plan:
                 "runs": {group: self.settings["runs"][group] for group in self.read[name]},
                 "looks": digest(looks) if looks.is_file() else None}
         return made
+
+
+def templates(root: Path) -> list[Path]:
+    """What the report's pages are made from beside its code, sorted."""
+    site = root / "pipelines" / "site"
+    return sorted(path for part in ("templates", "assets") for path in (site / part).rglob("*") if path.is_file())
 
 
 def digest(path: Path) -> str:
@@ -114,8 +121,8 @@ def bare(families: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
             for family in families or []]
 
 
-def made_by(source: dict[str, Any]) -> set[Made]:
-    """The figures and results that a notebook makes, by the calls in its code; what it writes as its summary is left out.
+def saved_by(source: dict[str, Any]) -> set[Made]:
+    """The figures and results that a notebook's calls save under a name, its summary among them.
 
     Raises PipelineError for one that it writes into another notebook's folder.
     """
@@ -130,9 +137,14 @@ def made_by(source: dict[str, Any]) -> set[Made]:
         if made.folder not in ("", source["notebook"], "machine"):
             raise PipelineError(f"notebooks/{source['notebook']}.ipynb: {name} writes into the folder of {made.folder!r}; give "
                                 f"{source['notebook']!r}, or 'machine' for what depends on the machine")
-        if made.id not in ("", "summary"):
+        if made.id:
             found.add(made)
     return found
+
+
+def made_by(source: dict[str, Any]) -> set[Made]:
+    """The figures and results of `saved_by` but for the summary."""
+    return {made for made in saved_by(source) if made.id != "summary"}
 
 
 def check_ids(sources: Iterable[dict[str, Any]]) -> None:

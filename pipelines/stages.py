@@ -64,7 +64,7 @@ class Stages:
         code = sorted(str(path.relative_to(root)) for path in (root / "pipelines").glob("*.py"))
         shared = [str(path.relative_to(root)) for path in (root / "pipelines" / "arms.yaml",) if path.is_file()]
         profile = plan.path.relative_to(root) if plan.path.is_relative_to(root) else plan.path
-        folders = [name for name in ("benchmarks", "eplib", "notebooks") if (root / name).is_dir()]
+        folders = [name for name in ("benchmarks", "eplib", "notebooks", "pipelines/site") if (root / name).is_dir()]
         inside = {str(path.relative_to(root)) for path in plan.plugins.values() if path.is_relative_to(root)}
         outside = {str(path) for path in plan.plugins.values() if not path.is_relative_to(root)}
         plugins = sorted(path for path in inside | outside if path.split("/")[0] not in folders)
@@ -103,8 +103,10 @@ class Stages:
         of in their place."""
         executed = [path for name in self.plan.notebooks for path in self.executed(name)]
         shown = [f"{self.results}/claims.json", *self.made, *self.drawn]
-        deps = {"claims": ["paper/claims.yaml", *self.made], "paper": ["paper/main.typ", "paper/refs.bib", *shown],
-                "report": [*shown, *executed]}
+        text = [*sorted(f"paper/{path.name}" for path in (self.plan.root / "paper").glob("*.typ")), "paper/refs.bib"]
+        runs = [f"{self.results}/runs"] if self.plan.in_git else [f"{self.results}/runs/{group}" for group in self.plan.groups]
+        deps = {"claims": ["paper/claims.yaml", *self.made], "paper": [*text, *shown],
+                "report": [*text, *shown, *executed, *runs, f"{self.results}/paper.json"]}  # it holds the PDF
         return {stage: {"cmd": self.command(stage), "deps": [self.decided(stage), *found],
                         "outs": [self.out(f"{self.results}/{stage}.json")]} for stage, found in deps.items()}
 

@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 
 from eplib import plotting
-from pipelines import cells, claims, close, common, paper, plan, report
+from pipelines import cells, claims, close, common, paper, plan
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -36,15 +35,19 @@ def declared(kind: str, names: Iterable[str] = SOURCES) -> dict[str, list[str]]:
 FIGURES, TABLES = declared("figure"), declared("result")
 
 
-@pytest.fixture
-def tree(tmp_path):
+def planted(root: Path) -> Path:
     """A root folder with this repository's paper and a profile quick, smoke and paper, and no results."""
-    shutil.copytree(ROOT / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("build"))
-    (tmp_path / "notebooks").mkdir()
+    shutil.copytree(ROOT / "paper", root / "paper", ignore=shutil.ignore_patterns("build"))
+    (root / "notebooks").mkdir()
     for profile in ("smoke", "quick", "paper"):
         every = yaml.safe_dump({"notebooks": dict.fromkeys(SOURCES)})
-        common.write_text(tmp_path / "pipelines" / "profiles" / f"{profile}.yaml", every)
-    return tmp_path
+        common.write_text(root / "pipelines" / "profiles" / f"{profile}.yaml", every)
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return planted(tmp_path)
 
 
 def fill(root: Path, profile: str = "quick") -> None:
@@ -358,77 +361,3 @@ def test_a_fault_in_the_text_is_reported(tree):
     with pytest.raises(PipelineError, match="unknown"):
         paper.build("quick", tree)
     assert not paper.up_to_date("quick", tree)
-
-
-# --- the report ---
-
-
-class Links(HTMLParser):
-    """Collects what a page loads and where it links."""
-
-    def __init__(self):
-        super().__init__()
-        self.loads, self.links, self.tags = [], [], set()
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.tags.add(tag)
-        if tag in ("script", "img", "iframe", "source") or tag == "link":
-            self.loads.append(found.get("src") or found.get("href") or "")
-        elif tag == "a":
-            self.links.append(found["href"])
-
-
-def test_the_report_is_complete_and_loads_nothing_from_elsewhere(tree):
-    fill(tree)
-    executed = {
-        "cells": [
-            {
-                "cell_type": "markdown",
-                "id": "a",
-                "metadata": {},
-                "source": "# E1\nWith $a_b^2$, `$code$` and\n\n$$\\frac{\\partial F}{\\partial z}$$",
-            },
-            {"cell_type": "code", "id": "b", "metadata": {}, "source": "1 + 1", "execution_count": 1, "outputs": []},
-        ],
-        "metadata": cells.METADATA,
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
-    common.write_text(tree / "results" / "quick" / "notebooks" / "gradients.ipynb", json.dumps(executed))
-    claims.write("quick", tree)
-    paper.write("quick", tree)
-    index = report.write("quick", tree)
-    pages = {path: path.read_text() for path in index.parent.rglob("*.html")}
-    assert len(pages) == 1 + len(SOURCES)
-    for path, text in pages.items():
-        found = Links()
-        found.feed(text)
-        assert "script" not in found.tags and "@import" not in text
-        for target in found.loads + found.links:
-            assert not target.startswith(("http", "//")), target
-            assert target.startswith("data:") or (path.parent / target).is_file(), target
-    page = pages[index.parent / "notebooks" / "gradients.html"]
-    assert "<mfrac>" in page and "<msubsup>" in page and "<code>$code$</code>" in page
-    first = pages[index]
-    assert all(
-        name in first for name in ("T1. A title", "figures/F1.svg", "figures/F16.svg", "EP &lt;b&gt;", "A note.")
-    )
-    assert (tree / "results" / "quick" / "report.json").is_file()
-
-
-def test_a_notebook_with_results_that_was_not_executed_here_is_shown_without_outputs(tree):
-    for name in ("mnist", "cost"):
-        shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tree / "notebooks")
-    common.write_text(tree / "results" / "paper" / "mnist" / "index.json", "{}")
-    pages = {name: report.page_of(name, "paper", tree) for name in ("mnist", "cost")}
-    assert "has not been executed here" in pages["mnist"] and "E2" in pages["mnist"]
-    assert "has not been run at profile paper" in pages["cost"] and "E7" not in pages["cost"]
-    assert "results of notebook mnist" not in close.missing_notebooks("paper", tree)
-    assert "results of notebook cost" in close.missing_notebooks("paper", tree)
-
-
-@pytest.mark.parametrize("formula", [r"\left( x", r"\nosuchcommand x"])
-def test_a_formula_that_cannot_be_set_is_named(formula):
-    with pytest.raises(PipelineError, match=r"left|\\nosuchcommand"):
-        report.mathml(f"Broken: ${formula}$")

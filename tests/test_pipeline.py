@@ -19,7 +19,7 @@ import yaml
 from eplib import log, plotting, profiles, settings
 from eplib.config import ConfigurationError
 from eplib.store import records
-from pipelines import cells, common, imports, new, notebook, plan, report, stages
+from pipelines import cells, common, imports, new, notebook, plan, stages
 from pipelines.common import PipelineError
 
 ROOT = common.ROOT
@@ -582,7 +582,6 @@ def test_smoke_says_that_it_proves_nothing_by_its_path_too(tmp_path):
     plotting.save(fig, "F1", "pipelines/profiles/smoke.yaml", "toy", root=tmp_path)
     assert plotting.SMOKE in [text.get_text() for text in fig.texts]
     assert (tmp_path / "figures" / "smoke" / "toy" / "F1.svg").exists()
-    assert plotting.SMOKE in report.page("toy", "", "pipelines/profiles/smoke.yaml")
 
 
 def test_an_arm_has_one_look_in_a_profile(tmp_path):

@@ -1,0 +1,103 @@
+"""The paper as HTML: Typst exports its text, with formulas as MathML. From it the report has its captions, its abstract and
+which figure a claim rests on; nothing of these is written twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bs4 import BeautifulSoup, Tag
+
+from eplib.settings import name_of
+from pipelines import paper
+from pipelines.common import ROOT, write_text
+from pipelines.site.pages import labelled, soup_of
+
+KINDS = ("fig-", "tab-", "text-")  # of the labels of what the paper places
+
+
+@dataclass(frozen=True)
+class Text:
+    """The paper's text. captions: label -> HTML; said: claim -> labels of the figures and tables cited beside it."""
+
+    soup: BeautifulSoup
+    style: str
+    captions: dict[str, str]
+    abstract: str
+    headline: list[str]
+    said: dict[str, list[str]]
+
+
+def read(profile: str, root: Path = ROOT) -> Text:
+    """Export the paper of a profile; raises PipelineError with Typst's message if it cannot be set."""
+    content = paper.content_path(profile, root).with_name("report.json")
+    write_text(content, paper.full_content(profile, root))
+    soup = soup_of(paper.compile_with(content, root, format="html").decode())
+    headline = json.loads(paper.compile_with(content, root, query="<headline>"))
+    content.unlink()
+    style = "\n".join(tag.get_text() for tag in soup.find_all("style"))
+    abstract = soup.find(id="abstract")
+    return Text(soup, style, {str(made["id"]): caption(made) for made in placed(soup)},
+                abstract.decode_contents() if isinstance(abstract, Tag) else "", headline[0] if headline else [], cited(soup))
+
+
+def placed(soup: BeautifulSoup) -> list[Tag]:
+    """The figures, tables and texts of the paper, in its order."""
+    return [tag for tag in soup.find_all("figure") if str(tag.get("id", "")).startswith(KINDS)]
+
+
+def caption(made: Tag) -> str:
+    """The caption of a figure as HTML, without its number."""
+    own = made.find("figcaption") or made.find("p", recursive=False)
+    if not isinstance(own, Tag):
+        return ""
+    inside = soup_of(own.decode_contents())
+    first = inside.find("strong")
+    if isinstance(first, Tag) and first.get_text().rstrip(".") == str(made["id"]).partition("-")[2]:
+        first.decompose()
+    for link in inside.find_all("a"):  # what they lead to is in the paper, the caption stands elsewhere as well
+        link.unwrap()
+    return inside.decode().strip()
+
+
+def cited(soup: BeautifulSoup) -> dict[str, list[str]]:
+    """Claim -> the figures and tables that the paragraph names in which the claim is marked."""
+    found: dict[str, list[str]] = {}
+    for paragraph in soup.find_all("p"):
+        targets = [str(link.get("href", "")).removeprefix("#") for link in paragraph.find_all("a")]
+        shown = dict.fromkeys(target.removesuffix("-short") for target in targets if target.startswith(KINDS))
+        for target in targets:
+            if target.startswith("claim-"):
+                known = found.setdefault(target.removeprefix("claim-"), [])
+                known += [label for label in shown if label not in known]
+    return found
+
+
+def page(text: Text, drawn: Callable[[str], str | None], claims: dict[str, str]) -> str:
+    """The paper as the body of a page. drawn: what stands there for a label, None for what the paper alone has. claims: id ->
+    the class of its verdict; a claim's mark leads to the page of claims, and where it first stands can be led to."""
+    soup = soup_of(text.soup.body.decode_contents() if text.soup.body else "")
+    for made in placed(soup):
+        if (shown := drawn(str(made["id"]))) is not None:
+            made.replace_with(soup_of(shown))
+    seen: set[str] = set()
+    for link in soup.find_all("a"):
+        target = str(link.get("href", "")).removeprefix("#claim-")
+        if target in claims:
+            link["href"], link["class"] = f"claims.html#claim-{target}", f"claim-mark {claims[target]}"
+            if target not in seen:
+                seen.add(target)
+                link["id"] = f"says-{target}"
+    ids = {str(tag["id"]) for tag in soup.find_all(id=True)}
+    for link in soup.find_all("a"):  # into what was replaced, as a row of the table of claims
+        if (target := str(link.get("href", ""))).startswith("#") and target[1:] not in ids:
+            link.unwrap()
+    labelled(soup)
+    return soup.decode()
+
+
+def folder(profile: str, root: Path = ROOT) -> Path:
+    """Where paper and report of a profile lie."""
+    return root / "paper" / "build" / name_of(profile)
