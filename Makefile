@@ -2,7 +2,7 @@
 # Everything runs in .venv, which `make setup` creates; nothing is installed or registered outside this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel repro test lab smoke paper figures bench clean
+.PHONY: help setup kernel repro verify test lab smoke paper figures bench clean
 SHELL := /bin/bash
 
 # The python that creates .venv. Empty: the first of the list in `setup` that is 3.11, 3.12 or 3.13.
@@ -73,8 +73,16 @@ repro: setup  ## run the quick profile: data, experiments, figures, paper and re
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
 	@$(ALONE); $(KERNEL); set -x; \
 	python -m pipelines.stages --write; \
+	python -m pipelines.estimate --profile quick; \
 	dvc repro; \
 	python -m pipelines.close --profile quick
+
+# PROFILE=paper: the paper profile's notebooks from its recorded runs. WHICH=--all: every stage; WHICH="--stage mnist": this one.
+PROFILE ?= quick
+WHICH ?=
+verify: setup  ## make the cheap stages anew, compare every value with its reference, write a receipt (PROFILE=, WHICH=--all)
+	@$(KERNEL)
+	python -m pipelines.verify --profile $(PROFILE) $(WHICH)
 
 test: setup  ## run the tests (7 to 14 minutes; fetches MNIST once, about 12 MB)
 	@echo "== tests: 7 to 14 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"

@@ -61,17 +61,19 @@ def load(root: Path = ROOT) -> list[dict[str, Any]]:
             raise PipelineError(f"{where}: seeds: {claim['seeds']!r}; write `seeds: true` where the value is a mean over seeds")
         if not claim["holds"]:
             raise PipelineError(f"{where}: `holds` is empty; it needs one of {', '.join(TESTS)}")
-        for profile in claim["decided_at"]:
-            load_profile(profile, root)
+    for profile in {profile for claim in claims for profile in claim["decided_at"]}:
+        load_profile(profile, root)
     return claims
 
 
 def look_up(results: Path, file: str, key: str) -> Any:
     """The value at `key` of results/<profile>/<file>, or None if the file or the key is absent."""
     path = results / file
-    if not path.is_file():
-        return None
-    value = read_json(path)
+    return inside(read_json(path), key) if path.is_file() else None
+
+
+def inside(value: Any, key: str) -> Any:
+    """The value at `key` of a results file's content; a.b.0 goes into mappings and lists; None where there is none."""
     for part in key.split("."):
         if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
@@ -107,7 +109,11 @@ def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
 def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, Any]:
     """One claim with its measured value (over seeds their number and the interval), what was asked of it, and its
     verdict."""
-    found = look_up(root / "results" / name_of(profile), claim["value"]["file"], claim["value"]["key"])
+    return decided(claim, look_up(root / "results" / name_of(profile), claim["value"]["file"], claim["value"]["key"]), profile)
+
+
+def decided(claim: dict[str, Any], found: Any, profile: str) -> dict[str, Any]:
+    """`decide` for what the results file holds."""
     several = found if isinstance(found, dict) else {}
     word, why = verdict(claim, found, profile)
     asked = ", ".join(f"{TESTS[test][1]} {bound:g}".replace("-", "−") for test, bound in claim["holds"].items())

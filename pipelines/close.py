@@ -44,6 +44,12 @@ def said_by_git(root: Path, *arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def commit(root: Path = ROOT) -> str | None:
+    """The commit that is checked out, with "+" where files differ from it; None outside one."""
+    found, status = said_by_git(root, "rev-parse", "HEAD"), said_by_git(root, "status", "--porcelain")
+    return found and f"{found.strip()[:12]}{'+' if status else ''}"
+
+
 def moved(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
     """Stage -> why its entry in a lock file is not the committed one; both as DVC writes them."""
 

@@ -14,6 +14,7 @@ import argparse
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ def run(name: str, profile: str, root: Path = ROOT) -> Path:
     source = read_json(path)
     parameters = validated(source, given, profile)
     target = root / "results" / name_of(profile) / "notebooks" / f"{name}.ipynb"
-    failed = target.with_name(f"{name}.failed.ipynb")
+    failed, began = target.with_name(f"{name}.failed.ipynb"), time.monotonic()
     results, figures = root / "results" / name_of(profile) / name, root / "figures" / name_of(profile) / name
     with set_aside([results, figures]):
         executed, failure = execute(source, parameters, root)
@@ -84,6 +85,8 @@ def run(name: str, profile: str, root: Path = ROOT) -> Path:
             made = sorted(p.name for p in folder.iterdir())
             write_text(folder / "index.json", dumps({"notebook": name, "files": made}))
         write_text(target, text)
+    took = results.parent / "machine" / "stages" / f"{name}.json"  # no stage's output, and in no profile in git
+    write_text(took, dumps({"seconds": round(time.monotonic() - began, 1)}))
     failed.unlink(missing_ok=True)
     return target
 

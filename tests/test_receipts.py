@@ -1,12 +1,16 @@
 """What a run leaves behind and how it is checked: the state of git, reference values, receipts, times, the page ARTIFACT.md."""
 
+import dataclasses
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipelines import close, common
+from eplib import profiles
+from pipelines import close, common, estimate, expected
+from pipelines import tolerance as tolerances
 
 ROOT = common.ROOT
 
@@ -57,3 +61,114 @@ def test_a_changed_lock_is_explained_stage_by_stage(checkout):
     assert f"{close.CODE}: train\n" in said and f"{close.UPSTREAM}: notebook-mnist\n" in said and close.BYTES not in said
     (checkout / "mine.py").touch()
     assert "changed: dvc.lock, mine.py" in after(checkout)
+
+
+# --- how values compare ---
+
+
+def over_seeds(mean: float, half: float | None, n: int = 3) -> dict:
+    """A mean over seeds and its interval, as results files hold them."""
+    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half, "n": n}
+
+
+@pytest.mark.parametrize(
+    ("reference", "found", "tolerance", "word"),
+    [
+        (0.99999, 0.99999, "12 digits", "equal"),
+        (0.999990, 0.999991, "5 digits", "within"),
+        (0.999990, 0.999991, "7 digits", "differs"),
+        (0.99999, None, "5 digits", "differs"),
+        (0.99999, float("nan"), "5 digits", "differs"),
+        (7, 8, "±1", "within"),
+        (7, 9, "±1", "differs"),
+        (3e-9, 9e-9, "order of magnitude", "within"),
+        (3e-9, -3e-9, "order of magnitude", "differs"),
+        (3e-9, 3e-7, "order of magnitude", "differs"),
+        ("EP", "BPTT", "exact", "differs"),
+        (True, 1, "exact", "differs"),
+        ("1.23e-4 of 5", "1.24e-4 of 5", "1 digits", "within"),
+        ("1.23e-4 of 5", "1.24e-4 in 5", "1 digits", "differs"),
+        (2.0, 2.1, "statistical", "within"),
+        (2.0, 2.5, "statistical", "not decided"),
+        (2.0, None, "statistical", "not decided"),
+        (over_seeds(1.0, 0.2), over_seeds(1.3, 0.2), "statistical", "within"),
+        (over_seeds(1.0, 0.2), over_seeds(1.5, 0.2), "statistical", "differs"),
+        (over_seeds(1.0, None, 1), over_seeds(3.0, None, 1), "statistical", "not decided"),
+        (over_seeds(1.0, 0.2), over_seeds(1.0, 0.2, 2), "9 digits", "differs"),
+    ],
+)
+def test_two_values_compare_as_their_class_says(reference, found, tolerance, word):
+    assert tolerances.compare(reference, found, tolerance) == word
+
+
+def test_the_digits_that_survive_are_counted_and_one_is_taken_off():
+    assert tolerances.surviving(1.0, 1.0 + 3e-6) == "4 digits"
+    assert tolerances.surviving(1.0, 1.0) == "12 digits"
+    assert tolerances.surviving(3, 5) == "±4" and tolerances.surviving(3, 3) == "±1"
+    assert tolerances.surviving(1e-9, 3e-9) == "order of magnitude" and tolerances.surviving(1e-9, -3e-9) == "statistical"
+    assert tolerances.surviving("EP", "EP") == "exact" and tolerances.surviving(1.0, None) == "statistical"
+
+
+def test_every_leaf_of_a_results_file_has_one_place_and_a_class():
+    table = {"title": "A", "columns": ["arm", "loss"], "rows": [["EP", 0.5]], "gap": over_seeds(1.0, 1.0)}
+    values = expected.places({"mnist/T2.json": table})
+    keys = ("title", "columns.0", "columns.1", "rows.0.0", "rows.0.1", "gap")
+    assert list(values) == [f"mnist/T2.json: {key}" for key in keys]
+    one = expected.Reference("quick", digits={"mnist/T2.json: rows.0.1": "3 digits"})
+    assert {one.tolerance(f"mnist/T2.json: {key}") for key in ("title", "columns.1")} == {"exact"}
+    assert one.tolerance("mnist/T2.json: rows.0.1") == "3 digits" and one.tolerance("mnist/T2.json: gap") == "statistical"
+
+
+# --- estimated times ---
+
+RUNS = """
+profile: quick
+runs:
+  toy:
+    - common: {data: {kind: Text, corpus: plays}, model: {width: 8, heads: 2, context: 8, block: {kind: Thick}},
+               estimator: {kind: DyadicEP}}
+      arms: {ep: {steps: 100}, held: {steps: 200}, longer: {steps: 100}}
+  other:
+    - common: {data: {kind: Text, corpus: plays}, model: {width: 8, heads: 2, context: 8, block: {kind: Thick}},
+               estimator: {kind: DyadicEP}, steps: 10}
+      arms: {ep: }
+"""
+
+
+@pytest.fixture
+def timed(tmp_path):
+    """A root whose runs toy/ep and toy/held are recorded: 13 s with evaluations, and 20 s of steps alone."""
+    common.write_text(tmp_path / "pipelines" / "profiles" / "quick.yaml", RUNS)
+    ep, held, _ = profiles.configurations("quick", "toy", tmp_path)
+    for config, times in ((ep, {"wall": 13.0, "seconds": 9.0, "sessions": 1}), (held, {"seconds": 20.0, "sessions": 2})):
+        machine = {"processor": "P", "gpu": None, "device": "cpu"} | times
+        place = tmp_path / "results" / "quick" / "machine" / "runs" / "toy" / profiles.run_folder(config) / "machine.json"
+        common.write_text(place, json.dumps(machine))
+    return tmp_path
+
+
+def test_a_runs_time_is_the_recorded_one_else_that_of_its_likes_by_the_step(timed):
+    ep, held, longer = profiles.configurations("quick", "toy", timed)
+    [other] = profiles.configurations("quick", "other", timed)
+    twice = dataclasses.replace(ep, steps=200)
+    found = estimate.seconds_of([ep, held, twice, longer, other], "quick", timed)
+    assert [one and one.seconds for one in found] == pytest.approx([13.0, 26.0, 26.0, 13.0, None])
+    assert {one.processor for one in found if one} == {"P"}
+
+
+def test_the_table_scales_the_times_of_the_reference_machine_and_says_what_is_unknown(timed, monkeypatch):
+    monkeypatch.setattr(estimate, "calibrate", lambda: {"torch": 0.5})
+    configs = [*profiles.configurations("quick", "toy", timed), *profiles.configurations("quick", "other", timed)]
+    said = estimate.table(configs, 2, "quick", timed, {"mnist": 120.0})
+    assert "not calibrated" in said and "train other: 1 runs, 1 of unknown time" in said
+    reference = {"machine": {"processor": "P"}, "calibration": {"torch": 0.4, "compiled": 0.1}}
+    common.write_text(timed / "results" / "reference" / "quick.json", json.dumps(reference))
+    said = estimate.table(configs, 2, "quick", timed, {"mnist": 120.0})
+    assert "takes 5.00 of the time of P" in said  # no kernel here, the compiled one there
+    rows = {line[2:50].strip(): line[50:].split() for line in said.splitlines()[2:]}
+    assert rows["train toy: 3 runs"] == ["0.4", "2.2"] and rows["notebook mnist"] == ["2.0", "10.0"]
+
+
+def test_nothing_to_do_is_said_at_once(timed, monkeypatch):
+    monkeypatch.setattr(estimate, "calibrate", lambda: pytest.fail("nothing is to be calibrated for"))
+    assert estimate.table([], 2, "quick", timed) == "estimate: nothing to train and no notebook to run"
