@@ -152,7 +152,8 @@ def table(configs: Sequence[RunConfig], workers: int, profile: str, root: Path =
     rows.append(("in all, as far as known", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     said = f"this machine takes {scale:.2f} of the time of {there}" if scale else "as recorded: this machine was not calibrated"
     lines = [f"  {what:48}{minutes(before)}{minutes(here) if scale else ''}" for what, before, here in rows]
-    return "\n".join([f"estimated minutes, {workers} at a time ({said}):", f"  {'':48}recorded{'    here' if scale else ''}", *lines])
+    head = f"estimated minutes, {workers} at a time ({said}):\n  {'':48}recorded{'    here' if scale else ''}"
+    return "\n".join([head, *lines])
 
 
 def minutes(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from eplib import profiles
-from pipelines import close, common, estimate, expected
+from pipelines import cells, close, common, estimate, expected, verify
 from pipelines import tolerance as tolerances
 
 ROOT = common.ROOT
@@ -172,3 +173,87 @@ def test_the_table_scales_the_times_of_the_reference_machine_and_says_what_is_un
 def test_nothing_to_do_is_said_at_once(timed, monkeypatch):
     monkeypatch.setattr(estimate, "calibrate", lambda: pytest.fail("nothing is to be calibrated for"))
     assert estimate.table([], 2, "quick", timed) == "estimate: nothing to train and no notebook to run"
+
+
+# --- make verify, with an estimator that is right and one that is broken ---
+
+E1 = """\
+import eplib, torch
+from eplib import estimators
+from eplib.diagnostics import LinearSystem
+from eplib.solvers import Relaxation
+from eplib.store import records
+free, nudged = Relaxation(step=0.5, max_steps=4000, tol=1e-12), Relaxation(step=0.5, max_steps=4000, tol=1e-10)
+drive, goal = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+found = []
+for t in (0.2, 0.4):
+    matrix = torch.diag(torch.linspace(-1.5, -0.8, 6, dtype=torch.float64)) + t * torch.ones(6, 6, dtype=torch.float64).triu(1)
+    system = LinearSystem(matrix, torch.eye(6, dtype=torch.float64))
+    exact = system.closed_form(drive, goal)["inflow"].flatten()
+    for estimator in (estimators.AsymEP(beta=1e-3), estimators.VectorField(beta=1e-3)):
+        grad = eplib.gradient(system, drive, goal, estimator=estimator, solver=free, nudged=nudged).grads["inflow"].flatten()
+        found.append((torch.cosine_similarity(grad, exact, dim=0).item(), (grad.norm() / exact.norm()).item()))
+ep, field = found[::2], found[1::2]
+records.save_result(profile, "gradients", "summary", {
+    "ep_cosine_min": ep[0][0], "ep_norm_ratio_error": abs(ep[0][1] - 1), "rho_corrected_cosine_min": ep[1][0],
+    "vectorfield_cosine_trained": field[1][0]})"""
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory):
+    """A checkout whose E1 is a linear system with a closed form, and the reference values of one run of it."""
+    root = tmp_path_factory.mktemp("laboratory")
+    for name in ("eplib", "pipelines", "paper"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.partial"))
+    shutil.copy(ROOT / ".gitignore", root)
+    parameters = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": 'profile = "quick"'}
+    notebook = {"cells": [parameters, {"cell_type": "code", "source": E1}]}
+    common.write_text(root / "notebooks" / "gradients.ipynb", cells.stripped(notebook))
+    common.write_text(root / "pipelines" / "profiles" / "quick.yaml", "profile: quick\nnotebooks: {gradients: }\n")
+    git(root, "init", "--quiet")
+    assert verify.rerun("quick", ["gradients"], root) == {}
+    found = expected.gather("quick", root)
+    digits = {place: "6 digits" for place in found.leaves("gradients")}
+    common.write_text(expected.path_of("quick", root), expected.text_of(dataclasses.replace(found, digits=digits)))
+    return root
+
+
+def receipt_of(root: Path) -> tuple[int, dict]:
+    code = verify.verify("quick", None, root)
+    return code, json.loads((root / "paper" / "build" / "quick" / "receipt.json").read_text())
+
+
+def test_a_second_run_on_one_machine_is_equal_in_every_value(laboratory):
+    code, receipt = receipt_of(laboratory)
+    assert code == 0 and receipt["agrees"] and receipt["counts"] == {"equal": 4}
+
+
+def test_a_correction_that_is_a_tenth_too_small_turns_the_claims_that_rest_on_it_red(laboratory, capsys):
+    path = laboratory / "eplib" / "estimators" / "nudged.py"
+    right = path.read_text()
+    assert right.count("sign * asymmetric(") == 1
+    path.write_text(right.replace("sign * asymmetric(", "0.9 * sign * asymmetric("))
+    try:
+        code, receipt = receipt_of(laboratory)
+    finally:
+        path.write_text(right)
+    words = {claim["id"]: claim["word"] for claim in receipt["claims"]}
+    red = {"gradient-direction", "gradient-length", "gradient-rho"}
+    assert code == 1 and not receipt["agrees"] and {name for name, word in words.items() if word == "differs"} == red
+    assert words["gradient-vector-field"] == "equal", "the uncorrected field has no correction to break"
+    assert words["mnist-accuracy"] == "not here"
+    assert "claim    gradient-direction: " in capsys.readouterr().out
+    page = (laboratory / "paper" / "build" / "quick" / "receipt.html").read_text()
+    assert "gradients/summary.json: ep_cosine_min" in page and '<span class="word differs">differs</span>' in page
+
+
+def test_a_stage_that_fails_is_no_agreement(laboratory):
+    path = laboratory / "notebooks" / "gradients.ipynb"
+    right = path.read_text()
+    path.write_text(right.replace("import eplib, torch", "raise ValueError"))
+    try:
+        code, receipt = receipt_of(laboratory)
+    finally:
+        path.write_text(right)
+    assert code == 1 and receipt["failed"] == {"gradients": "the notebook ended with an error"}
+    assert receipt["counts"] == {"missing": 4}

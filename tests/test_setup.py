@@ -1,6 +1,7 @@
 """The files that describe the environment agree, and importing the package stays cheap."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -86,6 +87,40 @@ def test_installed_versions_are_the_locked_ones(lock):
     assert not different, f"installed, locked: {different}; `make setup` installs the locked versions"
 
 
+def test_the_files_that_describe_the_software_agree():
+    """CITATION.cff says it; pyproject.toml, codemeta.json and .zenodo.json repeat it."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    codemeta, zenodo = (json.loads((ROOT / name).read_text()) for name in ("codemeta.json", ".zenodo.json"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["title"] == codemeta["name"] == zenodo["title"]
+    assert cited["abstract"] == codemeta["description"] == zenodo["description"] == project["description"]
+    assert cited["version"] == codemeta["version"] == zenodo["version"] == project["version"]
+    assert cited["license"] == codemeta["license"].rpartition("/")[2] == zenodo["license"] == project["license"]
+    assert cited["keywords"] == codemeta["keywords"] == zenodo["keywords"]
+    authors = [author["name"] for author in cited["authors"]]
+    assert authors == [one["name"] for one in codemeta["author"]] == [one["name"] for one in zenodo["creators"]]
+    assert codemeta["runtimePlatform"] == f"Python {project['requires-python']}"
+    assert all((ROOT / codemeta[key]).is_file() for key in ("softwareRequirements", "buildInstructions", "readme"))
+
+
+def test_the_container_file_sets_up_what_is_here():
+    text = (ROOT / "Containerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert [name for name, _ in steps] == ["FROM", "RUN", "WORKDIR", "COPY", "ARG", "RUN", "CMD"]
+    image = re.fullmatch(r"python:(3\.\d+)-slim", steps[0][1])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert image and Requirement(f"python{project['requires-python']}").specifier.contains(f"{image[1]}.0")
+    assert {"g++", "git", "make"} <= set(steps[1][1].split())
+    goals = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in (steps[5][1].split(), json.loads(steps[6][1])):
+        assert command[0] == "make" and set(command[1:]) <= set(goals), command
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert {".venv", "checkpoints", "data/raw", "eplib/kernels/build"} <= set(left_out)
+    tracked = subprocess.run(["git", "ls-files", "--", *(name for name in left_out if "*" not in name)], cwd=ROOT,
+                             capture_output=True, text=True, check=True).stdout
+    assert not tracked, f"the image would lack {tracked}"
+
+
 def test_import_is_cheap():
     code = "import eplib, sys; print([m for m in ('torch', 'matplotlib', 'pandas', 'dvc') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -94,7 +129,7 @@ def test_import_is_cheap():
 
 def test_make_help_is_the_default_and_lists_the_commands():
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for command in ("setup", "repro", "test", "lab", "smoke", "paper", "figures", "clean"):
+    for command in ("setup", "repro", "verify", "test", "lab", "smoke", "paper", "figures", "clean"):
         assert f"make {command} " in done.stdout
 
 
