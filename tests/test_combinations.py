@@ -33,7 +33,17 @@ from eplib.controllers import (
 )
 from eplib.diagnostics import dense_jacobian
 from eplib.kernels import KernelError
-from eplib.solvers import Anderson, FixedHorizon, MixedPrecision, Relaxation, Snapshot, Status, Substitution, norm
+from eplib.solvers import (
+    Anderson,
+    FixedHorizon,
+    Homotopy,
+    MixedPrecision,
+    Relaxation,
+    Snapshot,
+    Status,
+    Substitution,
+    norm,
+)
 from eplib.starts import LinearStart
 from systems import TIGHT  # which also sets one thread
 
@@ -107,6 +117,7 @@ ESTIMATORS = {
 SOLVERS = {
     "Relaxation": lambda tol: Relaxation(step=STEP, max_steps=300, tol=tol),
     "Anderson": lambda tol: Anderson(step=STEP, max_steps=300, tol=tol),
+    "Homotopy": lambda tol: Homotopy(step=STEP, max_steps=300, tol=tol, stages=2, corrections=4),
     "MixedPrecision": lambda tol: MixedPrecision(step=STEP, max_steps=300, tol=tol),
     "Substitution": lambda tol: Substitution(step=STEP, max_steps=300, tol=tol, chunk=2),
     "FixedHorizon": lambda tol: FixedHorizon(step=STEP, steps=40), "Snapshot": lambda tol: Snapshot(step=STEP, max_steps=40)}

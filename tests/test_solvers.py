@@ -9,6 +9,7 @@ from eplib.diagnostics import agreement
 from eplib.solvers import (
     Anderson,
     FixedHorizon,
+    Homotopy,
     MixedPrecision,
     Relaxation,
     Snapshot,
@@ -424,13 +425,50 @@ def test_complex_states_are_solved_like_pairs_of_real_ones(kind):
     assert torch.allclose(both.value, exact, atol=1e-3) and not both.residual.is_complex()
 
 
+def test_a_homotopy_passes_the_zeros_of_every_share_of_the_force():
+    """share (A z + b) - (1 - share)(z - z_0) = 0 in closed form; A has an eigenvalue of 0.6: plain relaxation diverges."""
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
+    matrix = turned @ torch.diag(torch.tensor([0.6, -0.4, -1.0, -2.0], dtype=torch.float64)) @ turned.T
+    push, start = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    asked = []
+
+    def force(z):
+        asked.append(z)
+        return z @ matrix + push
+
+    solver = Homotopy(step=0.5, max_steps=80, tol=1e-9, stages=3, corrections=15, memory=6)
+    found = solver.solve(force, start)
+    one = torch.eye(4, dtype=torch.float64)
+    for stage, share in enumerate((1 / 3, 2 / 3), 1):
+        zero = torch.linalg.solve((share * matrix - (1 - share) * one).T, (-share * push - (1 - share) * start).T).T
+        assert torch.allclose(asked[stage * 15 - 1], zero, atol=1e-6)
+    assert found.status is Status.CONVERGED and torch.allclose(found.value @ matrix, -push, atol=1e-7)
+    assert Relaxation(step=0.5, max_steps=300).solve(force, start).status is Status.DIVERGED
+
+
+def test_a_homotopy_treats_every_sample_alone_also_when_the_batch_shrinks():
+    model, inputs, _ = transformer(init=0.5, damping=0.5)
+    solver = Homotopy(step=0.4, max_steps=300, tol=1e-6)
+    together = model.settle(inputs, solver)
+    assert together.status is Status.CONVERGED and together.steps.unique().numel() > 1
+    for b in range(4):
+        alone = model.settle(inputs[b:b + 1], solver)
+        assert alone.steps.item() == together.steps[b].item() and torch.allclose(alone.value[0], together.value[b], atol=1e-9)
+
+
+def test_a_homotopy_that_cannot_arrive_is_refused():
+    with pytest.raises(ValueError, match="the path takes 18 steps before its last stage, and max_steps is 18"):
+        Homotopy(max_steps=18)
+
+
 @pytest.mark.parametrize("values", [{"step": 0.0}, {"step": 3.0}, {"max_steps": 0}, {"tol": -1e-3}, {"tolerance": 1e-3}])
 def test_out_of_range_is_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Relaxation(**values)
 
 
-@pytest.mark.parametrize("solver", [Relaxation(step=0.5), Anderson(step=0.5), Snapshot(step=0.5)])
+@pytest.mark.parametrize("solver", [Relaxation(step=0.5), Anderson(step=0.5), Homotopy(step=0.5), Snapshot(step=0.5)])
 def test_a_phase_may_start_at_zero(solver):
     """Where the residual, relative to the state, has no unit of its own."""
     target = torch.full((3, 4), 2.0)
