@@ -45,8 +45,11 @@ CORPORA = {
                                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "tinystories": RawFile("tinystories_4726.txt", 3_873_128,
                            "b1171eda41ce078b8f7c7bc7162d8ddfec429f8d72ae454d48905bfe688c16a6"),
+    "tinystories_full": RawFile("TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
+                                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
 }
 DATA = ROOT / "data"
+LINES = 200_000  # of a text that are encoded at a time: a list of all ids of a large one does not fit into memory
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ def text(corpus: str, tokens: str, root: str | Path = DATA) -> Text:
 
 def tokenised(source: str, sha256: str, tokens: str) -> tuple[dict[str, bytes], str]:
     """The files of a token set, {name: content}, of a text and its digest; and what they hold, in words."""
-    codec = learned(source, tokens)
-    ids, buffer = np.array(codec.encode(source), dtype=np.uint16), io.BytesIO()
+    codec, lines, buffer = learned(source, tokens), source.splitlines(keepends=True), io.BytesIO()
+    ids = np.concatenate([np.array(codec.encode("".join(lines[at:at + LINES])), dtype=np.uint16)
+                          for at in range(0, max(1, len(lines)), LINES)])
     np.save(buffer, ids, allow_pickle=False)
     meta = codec.to_json() | {"source_sha256": sha256, "ids_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
     return {"ids.npy": buffer.getvalue(), "vocab.json": (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}, \

@@ -1,6 +1,6 @@
 """Fetch and prepare data: `python -m pipelines.data [--root data] NAME...`.
 
-NAME is mnist, plays, tinyshakespeare, tinystories, or a token set such as plays-chars, plays-bpe1024 or
+NAME is mnist, plays, tinyshakespeare, tinystories, tinystories_full, or a token set such as plays-chars, plays-bpe1024 or
 tinystories-bpe4096. Every source of a file is tried in turn; the SHA-256 of the decompressed file decides; a file
 appears under its name complete and checked or not at all. A text whose line endings were converted, or that got a byte
 order mark, is taken without them if that is the file, byte for byte.
@@ -20,6 +20,8 @@ EMBEDDED = DATA / "plays.txt.xz"
 MNIST_URLS = ("https://storage.googleapis.com/cvdf-datasets/mnist/", "https://ossci-datasets.s3.amazonaws.com/mnist/")
 TINYSHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/"
                        "data/tinyshakespeare/input.txt")
+TINYSTORIES_URL = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
+                   "TinyStoriesV2-GPT4-train.txt")
 
 
 def fetch_mnist(root: Path) -> None:
@@ -43,7 +45,8 @@ def corpus_text(corpus: str, root: Path) -> str:
             raise DataError(f"the text in {EMBEDDED} {problem}. {restore}")
         print(f"{file.name}: embedded in the repository")
         return content.decode()
-    sources = {"tinyshakespeare": [mirror(), fixed_url(TINYSHAKESPEARE_URL)], "tinystories": [mirror()]}[corpus]
+    public = {"tinyshakespeare": TINYSHAKESPEARE_URL, "tinystories_full": TINYSTORIES_URL}
+    sources = [mirror(), *([fixed_url(public[corpus])] if corpus in public else [])]
     fetch(file, root / "raw", sources)
     return (root / "raw" / file.name).read_bytes().decode()
 

@@ -49,6 +49,20 @@ def test_own_text_in_byte_pairs(tale):
         Text(path=tale, tokens="bpe4096").load(batch=2, context=4)
 
 
+def test_whole_stories_are_in_one_split_and_begin_every_window(tmp_path):
+    stories = [f"A tale of {number} foxes and a tall oak." for number in range(60, 200)]
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories) + "<|endoftext|>")
+    task = Text(path=str(tmp_path / "stories.txt"), tokens="bpe300", whole=True)
+    data = task.load(batch=64, context=8)
+    train, held_out = (data.vocabulary.decode(part.tolist()).split("<|endoftext|>") for part in (data.train, data.held_out))
+    assert train[:-1] + held_out[:-1] == stories and train[-1] == held_out[-1] == "" and 4 < len(held_out) < 16
+    inputs, targets = data.batch(0)
+    assert all(data.vocabulary.decode(window.tolist()).startswith("A") for window in inputs)
+    assert len(inputs.unique(dim=0)) > 20 and torch.equal(inputs[:, 1:], targets[:, :-1])
+    with pytest.raises(ValueError, match="this text has none"):
+        replace(task, tokens="chars").load(batch=2, context=4)
+
+
 @pytest.mark.parametrize("values, says", [
     ({}, "give one of corpus"), ({"corpus": "plays", "path": "tale.txt"}, "give one of corpus"),
     ({"path": "gone.txt"}, r"there is no .*gone.txt"), ({"corpus": "plays", "sha256": "0" * 64}, "leave it out"),
