@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from eplib.markup import is_table
 from eplib.settings import name_of
-from pipelines import reference
+from pipelines import literature
 from pipelines.common import (
     ROOT,
     PipelineError,
@@ -96,7 +96,8 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
                 add(content["texts"], "text", path.stem, {**value, "notebook": folder.name})
         for name, found in figures_in(root / "figures" / name_of(profile) / folder.name, root).items():
             add(content["figures"], "figure", name, found)
-    content["tables"]["R1"] = reference.table(profile, root)
+    if (root / "paper" / "literature.yaml").is_file():
+        content["tables"]["R1"] = literature.table(profile, root)
     content["further"] = further(content, root)
     claims = results / "claims.json"
     content["claims"] = {claim["id"]: claim for claim in read_json(claims)} if claims.is_file() else {}

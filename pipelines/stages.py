@@ -103,16 +103,11 @@ class Stages:
         of in their place."""
         executed = [path for name in self.plan.notebooks for path in self.executed(name)]
         shown = [f"{self.results}/claims.json", *self.made, *self.drawn]
-<<<<<<< HEAD
-        text = [*sorted(f"paper/{path.name}" for path in (self.plan.root / "paper").glob("*.typ")), "paper/refs.bib"]
+        paper = self.plan.root / "paper"
+        text = [*sorted(f"paper/{path.name}" for path in (*paper.glob("*.typ"), *paper.glob("literature.yaml"))), "paper/refs.bib"]
         runs = [f"{self.results}/runs"] if self.plan.in_git else [f"{self.results}/runs/{group}" for group in self.plan.groups]
         deps = {"claims": ["paper/claims.yaml", *self.made], "paper": [*text, *shown],
                 "report": [*text, *shown, *executed, *runs, f"{self.results}/paper.json"]}  # it holds the PDF
-=======
-        deps = {"claims": ["paper/claims.yaml", *self.made],
-                "paper": ["paper/main.typ", "paper/refs.bib", "paper/reference.yaml", *shown],
-                "report": ["paper/reference.yaml", *shown, *executed]}
->>>>>>> 0a7a792 (The reference's values beside ours: table R1)
         return {stage: {"cmd": self.command(stage), "deps": [self.decided(stage), *found],
                         "outs": [self.out(f"{self.results}/{stage}.json")]} for stage, found in deps.items()}
 
