@@ -173,6 +173,21 @@ def transient_growth(jacobian: Any, z: Tensor, step: float, counts: tuple[int, .
 
 
 @torch.no_grad()
+def lyapunov(block: Dynamical, x: Tensor, step: float, steps: int) -> Tensor:
+    """Finite-time Lyapunov exponent of the relaxation under the clamp x (B, ...), (B,): by how much the logarithm of a
+    deviation grows in a unit of time, in the mean over so many Euler steps from the block's own start. J is that of the state
+    where each step begins, so it is of the whole way to the fixed point and no quantity of that."""
+    z = block.start(x)
+    v, total = _start(z), torch.zeros_like(norm(z))
+    for _ in range(steps):
+        jacobian: Any = block.linearise(z, x)
+        v = v / norm(v).view((-1,) + (1,) * (z.dim() - 1))
+        v = v + step * jacobian.product(v)
+        total, z = total + norm(v).log(), z + step * block(z, x)
+    return total / (step * steps)
+
+
+@torch.no_grad()
 def asymmetry_radius(jacobian: Any, z: Tensor, size: int = 30, most: int = 400, tol: float = 1e-7) -> tuple[Tensor, Tensor]:
     """rho(S^-1 A) at z (B, ...), S and A the symmetric and antisymmetric parts of J: (B,), and the worst relative residual (B,)
     of the inner solves.

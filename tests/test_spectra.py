@@ -10,7 +10,7 @@ import torch
 from eplib import blocks, models, spectra
 from eplib.diagnostics import dense_jacobian
 from eplib.solvers import Anderson
-from systems import transformer
+from systems import linear_batch, linear_system, transformer
 
 
 def dense(matrices: torch.Tensor) -> SimpleNamespace:
@@ -119,3 +119,12 @@ def test_a_causal_block_s_spectrum_is_that_of_its_tokens_and_no_krylov_space_is_
     assert not grown
     ends(*transformer("image")[:2])
     assert len(grown) == 1
+
+
+def test_the_finite_time_exponent_of_a_linear_system_is_that_of_the_power_of_its_map():
+    model, (inputs, _) = linear_system(symmetric=False), linear_batch()
+    x = model.clamp(inputs).detach()
+    first, matrix = spectra._start(x), model.block.matrix.detach()
+    moved = first @ torch.linalg.matrix_power(torch.eye(len(matrix)) + 0.2 * matrix, 30).T
+    exact = (moved.norm(dim=1) / first.norm(dim=1)).log() / (0.2 * 30)
+    assert torch.allclose(spectra.lyapunov(model.block, x, 0.2, 30), exact) and (exact < 0).all()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import BPTT, Estimator, gradient
-from ..models import RENAMED, Model
+from ..models import RENAMED, Backend, Model
 from ..solvers import Solver
 
 GROUPS = ("Wq", "Wk", "Wv", "Wo", "W1", "W2", "LN", "embeddings", "readout")
@@ -72,18 +72,22 @@ def log_slope(x: list[float], y: list[float]) -> float:
 
 
 def triangulation(model: Model, batches: list[tuple[Tensor, Tensor]], estimator: Estimator,
-                  horizons: tuple[int, int], solver: Solver, nudged: Solver) -> dict[str, float]:
+                  horizons: tuple[int, int], solver: Solver, nudged: Solver | None, plain: Solver | None = None,
+                  backend: Backend = "torch") -> dict[str, float]:
     """Gradient triangulation (Hao 2026): an estimator against BPTT at two horizons, and each against itself on another batch.
 
     batches: at least two (inputs, targets). Means over the batches of cos(estimator, BPTT at the shorter horizon), cos(BPTT at
     the two horizons) and the norm ratio estimator / BPTT; the self-cosines compare successive batches. An estimator whose phase
-    diverged counts as NaN. Raises ValueError for fewer batches.
+    diverged counts as NaN. plain: the solver of whose size BPTT's steps are, by default `solver`. Raises ValueError for fewer
+    batches.
     """
     if len(batches) < 2:
         raise ValueError(f"gradients are compared from batch to batch, got {len(batches)} of them; give two or more")
 
     def flat(kind: Estimator, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
-        report = gradient(model, inputs, targets, estimator=kind, solver=solver, nudged=nudged if kind.second_phase else None)
+        steps = plain or solver if isinstance(kind, BPTT) else solver
+        report = gradient(model, inputs, targets, estimator=kind, solver=steps, nudged=nudged if kind.second_phase else None,
+                          backend=backend)
         vector = None if report.grads is None else torch.cat([g.flatten().double() for g in report.grads.values()])
         return vector, report.free.residual.max().item()
 
