@@ -36,6 +36,8 @@ def summary(arms: Arms, runs: Iterable[Run], absent: list[str], steps: int) -> d
     """What the paper's text and claims read; `absent` are the arms without a finished run, `steps` the budget of each."""
     runs, at = list(runs), logged(arms)
     twin = tables.paired(arms, "layered", TWIN)
+    ends = [(run.metrics["solver_removed"], run.metrics["final"]["loss"]) for run in arms.get("attractor", ())]
+    removed = [without - loss for without, loss in ends if without is not None and loss is not None]
     spreads = [found for arm in ("layered", TWIN) if (found := spread(arms, arm)) is not None]
     # the standard error that the mean difference would have if the two arms shared no seed
     independent = float(np.hypot(spreads[0], spreads[1])) / twin["n"] ** 0.5 if len(spreads) == 2 and twin["n"] else None
@@ -50,6 +52,7 @@ def summary(arms: Arms, runs: Iterable[Run], absent: list[str], steps: int) -> d
         **{arm: tables.final(arms, arm) for arm in ("thick", "thin", "energy", "monotone", "attractor")},
         "attractor_minus_twin": tables.paired(arms, "attractor", TWIN),
         "attractor_solver_removed": next((run.metrics.get("solver_removed") for run in arms.get("attractor", ())), None),
+        "attractor_without_solver": tables.interval(removed), "energy_minus_bptt": tables.paired(arms, "energy", "energy_bptt"),
         "excursions": excursions(runs, absent), "steps": steps,
         "thin_excursions": excursions(run for run in runs if run.config.arm == "thin"),
         "layered_sweeps": max((model.block.layers for model in layers), default=None)}

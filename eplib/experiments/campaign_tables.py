@@ -33,7 +33,8 @@ PRINTS = {"residual": "free residual", "cosine_uncorrected": "cosine without cor
           "numerical_abscissa": "numerical abscissa", "rate_arnoldi": "rate", "lyapunov": "Lyapunov exponent",
           "frequency": "frequency", "transient_growth": "transient growth", "asymmetry": "asymmetry",
           "attention_distance": "attention distance"}  # of a fingerprint
-FORWARD_AND_BACK = 3  # a readout is computed once and differentiated
+FORWARD_AND_BACK = 3  # in evaluations: what is computed once and differentiated
+KNOWN = {"backprop": 3.0, "bptt": 3.0 * 64}  # evaluations of a step that need no run: BPTT over the paper profile's 64 steps
 
 
 def names(runs: Iterable[Run]) -> list[str]:
@@ -127,7 +128,8 @@ def cost(config: RunConfig, vocab: int, evaluations: float) -> dict[str, float]:
 
 def costs(like: RunConfig, spent: Mapping[str, float], vocab: int = 4096) -> Rows:
     """A row of `COSTS` for each of `SIZES` and of the arms whose evaluations of a step are known."""
-    rows = []
+    rows: Rows = []
+    spent = KNOWN | dict(spent)
     for width, size in SIZES.items():
         shape: Any = like.model
         shape = replace(shape, width=width, heads=size["heads"], context=size["context"])
