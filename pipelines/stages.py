@@ -104,7 +104,8 @@ class Stages:
         executed = [path for name in self.plan.notebooks for path in self.executed(name)]
         shown = [f"{self.results}/claims.json", *self.made, *self.drawn]
         paper = self.plan.root / "paper"
-        text = [*sorted(f"paper/{path.name}" for path in (*paper.glob("*.typ"), *paper.glob("literature.yaml"))), "paper/refs.bib"]
+        written = sorted(path.name for path in (*paper.glob("*.typ"), *paper.glob("literature.yaml")))
+        text = [*(f"paper/{name}" for name in written), "paper/refs.bib"]
         runs = [f"{self.results}/runs"] if self.plan.in_git else [f"{self.results}/runs/{group}" for group in self.plan.groups]
         deps = {"claims": ["paper/claims.yaml", *self.made], "paper": [*text, *shown],
                 "report": [*text, *shown, *executed, *runs, f"{self.results}/paper.json"]}  # it holds the PDF
