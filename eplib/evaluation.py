@@ -1,6 +1,7 @@
 """What a run's weights are worth on the validation split, and where the spectrum at their fixed point ends."""
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from . import spectra
 from .controllers import ContractionRate
 from .estimators import Problem
 from .models import Backend, Model
+from .parallel import ALONE, Part
 from .solvers import Relaxation, Solver
 from .tasks import Dataset
 
@@ -26,29 +28,31 @@ def moved(model: nn.Module, a: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Model, task: Dataset, solver: Solver, batches: int | None = None, backend: Backend = "torch",
-             start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
+             start: Callable[[Tensor], Tensor | None] | None = None, part: Part = ALONE) -> dict:
     """Loss (nats) and accuracy (percent) over the targets that count of the validation split or its first `batches` batches;
     of the free phase residual and steps, `settled`, the share of samples that ended at or below the solver's tolerance, and
     `excursions`, the number of those above `EXCURSION`.
 
     start: predicts the start state from the clamp x (None: the block's own, as without it). A sample whose phase diverged
-    counts with the state it was left in.
+    counts with the state it was left in. part: of a run on several ranks, which take the batches in turn; the result is the
+    same on each.
     """
-    losses, right, total, residuals, steps, dynamics = [], 0, 0, [], [], model.dynamics(backend)
+    rows, dynamics = [], model.dynamics(backend)
     for count, (inputs, targets) in enumerate(task.validation()):
         if count == batches:
             break
+        if count % part.ranks != part.rank:
+            continue
         inputs, targets = moved(model, inputs), moved(model, targets)
         x = model.clamp(inputs)
         solution = solver.settle(dynamics, x, start(x) if start else None)
         predictions, counted = model.predict(model.block.output(solution.value)), model.counted(targets)
-        losses.append(model.loss_of(predictions, targets)[counted > 0])
-        right += int(model.correct(predictions, targets).sum())
-        total += int(counted.sum())
-        residuals.append(solution.residual)
-        steps.append(solution.steps)
+        rows.append((count, model.loss_of(predictions, targets)[counted > 0].cpu(), int(counted.sum()),
+                     int(model.correct(predictions, targets).sum()), solution.residual.cpu(), solution.steps.cpu()))
+    everything = sorted((row for found in part.pooled(rows) for row in found), key=itemgetter(0))
+    _, losses, totals, right, residuals, steps = zip(*everything, strict=True)
     residual = torch.cat(residuals)
-    return {"loss": torch.cat(losses).double().mean().item(), "accuracy": 100 * right / total,
+    return {"loss": torch.cat(losses).double().mean().item(), "accuracy": 100 * sum(right) / sum(totals),
             "residual_median": residual.median().item(), "residual_max": residual.max().item(),
             "settled": (residual <= solver.tol).double().mean().item(),
             "excursions": int((~(residual <= EXCURSION)).sum()), "iterations": torch.cat(steps).double().mean().item()}

@@ -18,12 +18,14 @@ class Family:
     `kind` names a member where a configuration is read or written: by its class name if it is eplib's, else as
     "package.module:Class", which is imported when it is read. The bare name will do for a class that has been imported, and is
     eplib's where both have it. A field is annotated with the family, not with one member: that would read no `kind`.
-    default: name of the member that is meant where `kind` is left out, which it then always is.
+    default: name of the member that is meant where `kind` is left out, which it then always is. by_sample: of a class of your
+    own, whether it treats every sample of a batch for itself, as what a run on several ranks shares out has to (`parallel`).
     """
 
     kind: ClassVar[str]
     default: ClassVar[str | None]
     members: ClassVar[dict[str, type[Any]]]
+    by_sample: ClassVar[bool] = False
 
     def __init_subclass__(cls, default: str | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)

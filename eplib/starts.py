@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import configuration
+from .parallel import ALONE, Part
 
 RIDGE = 1e-6  # of the normal equations, in units of their mean diagonal
 
@@ -40,13 +41,13 @@ class LinearStart:
                 return None
         return self(x, carried)
 
-    def learn(self, x: Tensor, z: Tensor, carried: dict[str, Tensor]) -> None:
-        """Takes a settled batch in, if the last fit is `refresh` batches old."""
+    def learn(self, x: Tensor, z: Tensor, carried: dict[str, Tensor], part: Part = ALONE) -> None:
+        """Takes a settled batch in, of which this is a part, if the last fit is `refresh` batches old."""
         age = int(carried.get("start_age", 0))
         carried["start_age"] = torch.tensor((age + 1) % self.refresh)
         if age:
             return
         rows = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, -2)
-        gram, mixed = (rows.mT @ rows).double(), (rows.mT @ z.flatten(0, -2)).double()
+        gram, mixed = part.total((rows.mT @ rows).double(), (rows.mT @ z.flatten(0, -2)).double())
         gram.diagonal().add_(RIDGE * gram.diagonal().mean())
         carried["start"] = torch.linalg.solve(gram, mixed).to(z.dtype)

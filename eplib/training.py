@@ -1,7 +1,8 @@
 """A training run: the loop, what a step does and logs, and checkpoints that survive a kill.
 
 Everything a step uses is a function of (configuration, step): batches come from generators seeded by (seed, epoch or step), so
-a run that was killed and resumed is bit-identical, on CPU, to one that was not.
+a run that was killed and resumed is bit-identical, on CPU, to one that was not. On several ranks (`parallel`) every one goes
+through the same steps with its part of each batch; the first alone reads, writes and shows.
 """
 
 import math
@@ -23,6 +24,7 @@ from .evaluation import EXCURSION, edges, evaluate, moved
 from .kernels import available
 from .log import Bar, Progress, Value, show_on_terminal
 from .models import Backend, Transformer
+from .parallel import Part, broadcast, refuse_shared
 from .runconfig import Optimiser, RunConfig, build_model, build_task
 from .tasks import Mnist, Text
 from .trained import Trained
@@ -57,9 +59,11 @@ class Trainer:
         what computes its phases. origin: the state that a run with a `branch` begins with.
 
         Raises ValueError for a checkpoint of another configuration, and for an origin whose weights have other names or shapes
-        than the model's.
+        than the model's; on several ranks for a part of the configuration that cannot be shared out.
         """
-        self.config, self.folder, self.backend = config, Path(folder), backend
+        self.config, self.folder, self.backend, self.part = config, Path(folder), backend, Part.of(config.batch)
+        if self.part.ranks > 1:
+            refuse_shared(config)
         self.task = build_task(config, root)
         self.model = build_model(config, self.task.signal).to(device)
         if config.frozen:
@@ -70,10 +74,8 @@ class Trainer:
         self.optimiser = config.optimiser.build(self.model.parameters())
         self.state: dict[str, Any] = {}
         self.progress = Progress()
-        if self.checkpoint.exists():
-            self._load()
-        elif config.branch:
-            self._begin(origin)
+        self._begin(origin)
+        self.part.check(self.progress.step, self._tensors())
         self.progress.sessions += 1
 
     @property
@@ -95,14 +97,14 @@ class Trainer:
         """
         saved, shown, bar = time.monotonic(), 0.0, Bar(f"{self.config.experiment}/{self.config.name}", self.config.steps)
         while self.progress.step < self.config.steps:
-            if time.monotonic() > deadline:
+            if deadline < math.inf and self.part.largest(time.monotonic() > deadline)[0]:
                 self._save()
                 raise OutOfTime(f"{self.config.name}: stopped at step {self.progress.step} of {self.config.steps}")
             began = time.perf_counter()
             self._step()
             self.progress.seconds.append(time.perf_counter() - began)
             step = self.progress.step
-            if time.monotonic() - shown > 0.5:  # before anything is written: who shows may have lost the run, and stop it
+            if self.part.leads and time.monotonic() - shown > 0.5:  # before anything is written: who shows may have lost the run
                 shown = time.monotonic()
                 show(bar.line(self.progress))
             if self._evaluates(step):
@@ -122,9 +124,11 @@ class Trainer:
         """One update and its row of the log. Gate, audit and asymmetry see the weights that the gradient was taken at."""
         config, step = self.config, self.progress.step
         estimator = config.estimator_at(step)
-        inputs, targets = (moved(self.model, part) for part in self.task.batch(step))
+        batch = self.task.batch(step)
+        part = Part.of(len(batch[0]))
+        inputs, targets = (moved(self.model, whole[part.rows]) for whole in batch)
         report = gradient(self.model, inputs, targets, estimator=estimator, solver=config.solver, nudged=config.nudged,
-                          penalties=config.penalties, state=self.state, start=config.start, backend=self.backend)
+                          penalties=config.penalties, state=self.state, start=config.start, backend=self.backend, part=part)
         self.state = report.state
         gated, gated_nudged = gates(report, config.gate, config.second)
         row: dict[str, Value] = {"step": step + 1, "loss": report.loss} | phases(report, config.solver, config.second) | {
@@ -133,7 +137,7 @@ class Trainer:
             "gated": int(gated), "gated_nudged": int(gated_nudged)}
         audit: dict[str, float] = {"audit_evaluations": 0}
         if config.audit_every is not None and (step + 1) % config.audit_every == 0:
-            audit = self._audit(inputs, targets, estimator, report)
+            audit = self._audit(inputs, targets, estimator, report, part)
         task = report.grads if math.isfinite(report.loss) and not gated and not gated_nudged else None
         rate = config.optimiser.rate(step, config.steps)
         row |= self._apply(task or {}, report.penalty_grads, rate) | audit
@@ -166,15 +170,15 @@ class Trainer:
             return math.nan
         with torch.no_grad():
             jacobian = self.model.block.linearise(report.free.value, self.model.clamp(inputs))
-        return asymmetry(jacobian, report.adjoint)
+        return self.part.largest(asymmetry(jacobian, report.adjoint))[0]
 
-    def _audit(self, inputs: Tensor, targets: Tensor, estimator: Estimator, report: Report) -> dict[str, float]:
+    def _audit(self, inputs: Tensor, targets: Tensor, estimator: Estimator, report: Report, part: Part) -> dict[str, float]:
         """Cosine and norm ratio of the step's gradient against the linear response's (of the linear response's against that of
         two trajectories), over block and embeddings and in each parameter group, and the audit's force evaluations. Both are
         taken at the step's own free state, their second phases solved alike."""
         linear = estimator.linear
         other = at_state(self.model, inputs, targets, report.free.value, AsymEP(beta=AUDIT_BETA) if linear else DyadicEP(),
-                         self.config.second, backend=self.backend)
+                         self.config.second, backend=self.backend, part=part)
         found = {"audit_evaluations": other.measured["force_evaluations"],
                  "audit_residual": report.free.residual.max().item(),
                  "audit_displacement": report.measured.get("displacement", math.nan)}
@@ -191,11 +195,15 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         solver = self.config.solver
+        self.part.check(step, self._tensors())
         self.progress.curve.append(
-            {"step": step} | evaluate(self.average, self.task, solver, self.config.evaluation_batches, self.backend)
+            {"step": step} | evaluate(self.average, self.task, solver, self.config.evaluation_batches, self.backend,
+                                      part=self.part)
             | edges(self.average, self.task.batch(0)[0], solver, self.config.penalties))
 
     def _keep(self, step: int) -> None:
+        if not self.part.leads:
+            return
         Trained(self.config, step, self.average, self.task.signal, self.task.vocabulary).save(self.weights(step))
         checkpoints.write(self.kept_state(step), self._tensors(), {"config": plain(self.config)})
 
@@ -220,24 +228,26 @@ class Trainer:
         self.state = parts["state"]
 
     def _save(self) -> None:
-        header = {"config": plain(self.config), "progress": self.progress.header()}
-        checkpoints.write(self.checkpoint, self._tensors() | self.progress.tensors(), header)
-
-    def _load(self) -> None:
-        tensors, header = checkpoints.read(self.checkpoint, next(self.model.parameters()).device)
-        parts = checkpoints.by_part(tensors)
-        if header.get("config") != plain(self.config):
-            raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
-        self._restore(parts)
-        self.progress = Progress.restored(parts, header["progress"])
+        if self.part.leads:
+            header = {"config": plain(self.config), "progress": self.progress.header()}
+            checkpoints.write(self.checkpoint, self._tensors() | self.progress.tensors(), header)
 
     def _begin(self, origin: Path | None) -> None:
-        if origin is None:
+        """Goes on from the run's checkpoint, else from the origin of its branch, as the first rank has them."""
+        resumes = broadcast(self.checkpoint.exists)
+        if not resumes and not self.config.branch:
+            return
+        source = self.checkpoint if resumes else origin or Path()
+        if self.part.leads and not source.name:
             raise ValueError(f"{self.config.name} goes on from {self.config.branch}: give the state of that run as origin")
-        tensors, _ = checkpoints.read(origin, next(self.model.parameters()).device)
+        tensors, header = broadcast(lambda: checkpoints.read(source))
+        if resumes and header.get("config") != plain(self.config):
+            raise ValueError(f"{self.checkpoint} belongs to another configuration; remove it or use another folder")
+        device = next(self.model.parameters()).device
+        parts = checkpoints.by_part({name: value.to(device) for name, value in tensors.items()})
         try:
-            self._restore(checkpoints.by_part(tensors))
+            self._restore(parts)
         except RuntimeError as error:
-            raise ValueError(f"{self.config.name} cannot go on from {origin}, which is of another model: "
+            raise ValueError(f"{self.config.name} cannot go on from {source}, which is of another model: "
                              f"{str(error).splitlines()[-1].strip()}") from None
-        self.progress.step = self.config.first
+        self.progress = Progress.restored(parts, header["progress"]) if resumes else Progress(step=self.config.first)

@@ -3,7 +3,8 @@
     python -m pipelines.train --profile quick --experiment mnist
     python -m pipelines.train --profile paper --budget 500s      # again and again: it goes on where it stopped
 
-Runs go to worker processes, one thread each; every worker checkpoints, and a run that was killed goes on from there.
+Runs go to worker processes, one thread each; every worker checkpoints, and a run that was killed goes on from there. Under
+torchrun all ranks train one run after the other together (`pipelines.ranks`).
 Exit status: 0 all runs are there, 3 the budget ended first, 1 a run failed (the others are finished first), 2 bad arguments.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from eplib import parallel
 from eplib.config import ConfigurationError
 from eplib.kernels import available
 from eplib.models import Backend
@@ -32,6 +34,7 @@ from eplib.profiles import ROOT, configurations, load_profile, run_folder
 from eplib.store.leases import Held, Lost
 from eplib.store.records import Store
 from eplib.training import OutOfTime, RunConfig
+from pipelines import ranks
 from pipelines.common import command, processors
 
 QUIET_SECONDS = 15.0  # between two lines of progress where there is no terminal to rewrite one on
@@ -298,6 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
                         help="runs at a time; by default one for each processor that this process may use")
     parser.add_argument("--list", action="store_true", help="say which runs are there and stop")
     options = parser.parse_args(arguments)
+    rank, together = parallel.asked()
+    if rank and not options.list:
+        return ranks.follow(options.device)
     try:
         budget = seconds(options.budget) if options.budget else math.inf
         wanted = chosen(options.profile, options.experiment, options.only)
@@ -315,8 +321,11 @@ def main(arguments: list[str] | None = None) -> int:
         for config in wanted:
             print(f"  {config.experiment}/{config.name}: {state(store, config)}")
         return 0
-    status = train(options.profile, missing, min(options.workers, len(missing)), options.device, budget,
-                   backend=options.backend) if missing else 0
+    if together > 1:
+        status = ranks.lead(store, missing, options.device, budget, options.backend)
+    else:
+        status = train(options.profile, missing, min(options.workers, len(missing)), options.device, budget,
+                       backend=options.backend) if missing else 0
     if status == 0 and not options.only:
         for group in [options.experiment] if options.experiment else load_profile(options.profile).get("runs") or {}:
             for name in store.prune(group):

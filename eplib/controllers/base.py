@@ -70,10 +70,10 @@ def counted(carried: dict[str, Tensor], key: str) -> int:
     return count
 
 
-def draw(z: Tensor, carried: dict[str, Tensor]) -> Tensor:
+def draw(problem: Problem, carried: dict[str, Tensor]) -> Tensor:
     """Random directions of norm 1, (B, ...), a new draw each call."""
-    drawn = counted(carried, "draws")
-    return unit(torch.randn(z.shape, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64).to(z))
+    z, generator = problem.state, torch.Generator().manual_seed(counted(carried, "draws"))
+    return unit(problem.part.mine(lambda size: torch.randn(size, *z.shape[1:], generator=generator, dtype=torch.float64)).to(z))
 
 
 def leading(problem: Problem, step: float, products: int, size: int) -> Tensor:

@@ -94,9 +94,10 @@ class ContractionRate(Penalty):
             rates = self._rate(problem.jacobian, probe, step) if moved is None else _growth(probe, moved)
         rate, strength, measured = rates.view(len(rates), -1).amax(1), self.strength, {}
         if self.driven:
-            above = (~(rates <= self.target)).double().mean().item()  # what is not finite is above
+            whole = problem.part.gathered(rates)
+            above = (~(whole <= self.target)).double().mean().item()  # what is not finite is above
             strength = self.driven(above, carried, strength)
-            measured = {"rate_quantile": rates.flatten().double().quantile(self.driven.quantile).item(), "rate_above": above,
+            measured = {"rate_quantile": whole.flatten().double().quantile(self.driven.quantile).item(), "rate_above": above,
                         "rate_coefficient": strength}
         if moved is None:
             seen = rate > self.target

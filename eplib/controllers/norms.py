@@ -58,11 +58,11 @@ class JacobianNorm(Penalty):
     driven: ResidualDriven | None = None
 
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
-        v, decay, strength = draw(problem.state, carried), 1 + problem.model.block.damping, self.strength
+        v, decay, strength = draw(problem, carried), 1 + problem.model.block.damping, self.strength
         if self.driven:
             with torch.no_grad():
                 residual = norm(problem.force(problem.state)) / norm(problem.state)
-            strength = self.driven(residual.max().item(), carried, self.strength)
+            strength = self.driven(problem.part.largest(residual.max().item())[0], carried, self.strength)
         grads, value, cost = gradient(problem, LINEARISATION + PRODUCT, lambda: strength * norm(
             _graph(problem).product(v) + decay * v).square().mean())
         return Outcome(grads, {"penalty": value, "coefficient": strength}, int(cost) + FORCE * bool(self.driven))
@@ -90,7 +90,7 @@ class Homeostasis(Penalty):
     strength: Strength = 1.0
 
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
-        v = draw(problem.state, carried)
+        v = draw(problem, carried)
 
         def total() -> Tensor:
             jacobian = _graph(problem)

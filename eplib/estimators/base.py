@@ -85,7 +85,7 @@ class ByAdjoint(Estimator):
 
 def linear_response(jacobian: Linearisation, problem: Problem, solver: Solver) -> Adjoint:
     """The adjoint state by J^T a = -g, one transposed product a step."""
-    phase = solver.adjoint(jacobian, problem.slope, problem.scale)
+    phase = solver.adjoint(jacobian, problem.slope, problem.scale, problem.part)
     return Adjoint(phase.value, phase, evaluations=PRODUCT * phase.evaluations)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models import Backend, Model
+from ..parallel import Part
 from ..solvers import FixedHorizon, Solver
 from ..starts import LinearStart
 from .base import LINEARISATION, Estimator
@@ -15,36 +16,42 @@ from .batch import Batch
 from .entry import refuse_misfits, second_phase
 from .problem import Problem
 from .report import Report, summed
+from .whole import agreed, whole
 
 
 def gradient(model: Model, inputs: Tensor, targets: Tensor, *, estimator: Estimator, solver: Solver,
              nudged: Solver | None = None, penalties: tuple = (), state: dict | None = None,
-             start: Tensor | LinearStart | None = None, backend: Backend = "torch") -> Report:
+             start: Tensor | LinearStart | None = None, backend: Backend = "torch", part: Part | None = None) -> Report:
     """Gradient of the mean loss over the batch, with the sign, scale and reduction of torch.autograd.
 
     inputs, targets: what `model.clamp` and `model.loss` take, batch first. The nudged phase is solved by `nudged`, by default
     by `solver`, in at most the estimator's own number of steps where it has one. `start`: state from which the free phase
     starts, or how it is predicted, by default the block's. backend: "torch", or "compiled" for the kernel of `eplib.kernels`,
-    which computes the phases, the products and BPTT's steps; what needs a graph is PyTorch's in either. Parameters that do not
-    require a gradient get none. `.grad` is never touched. Raises TypeError if the estimator and the block do not fit,
-    ValueError if anything else does not; a diverged phase is no exception but gives `grads=None`.
+    which computes the phases, the products and BPTT's steps; what needs a graph is PyTorch's in either. part: which part of a
+    batch that several ranks share inputs and targets are; the report is then that of the whole batch, on every rank.
+    Parameters that do not require a gradient get none. `.grad` is never touched. Raises TypeError if the estimator and the
+    block do not fit, ValueError if anything else does not; a diverged phase is no exception but gives `grads=None`.
     """
     second = second_phase(estimator, solver, nudged)
     refuse_misfits(model, inputs, targets, estimator, backend, penalties, start)
-    batch = Batch(model, inputs, targets, model.dynamics(backend), start, dict(state or {}))
+    part = part or Part(len(inputs), 0, len(inputs))
+    if part.count != len(inputs):
+        raise ValueError(f"inputs have {len(inputs)} samples, and the part of the batch {part.count}; give inputs[part.rows]")
+    batch = Batch(model, inputs, targets, model.dynamics(backend), part, start, dict(state or {}))
     report = estimator.gradient(batch, solver, second)
     if not estimator.equilibrium:  # the kernel computes the steps alone, and keeps no linearisation that a penalty would share
-        batch = replace(batch, dynamics=model.block)
-    return _penalised(report, batch.at(report.free.value), penalties, solver.step)
+        batch, report = replace(batch, dynamics=model.block), replace(report, free=agreed(report.free, part))
+    return whole(_penalised(report, batch.at(report.free.value), penalties, solver.step), model, part)
 
 
 def at_state(model: Model, inputs: Tensor, targets: Tensor, state: Tensor, estimator: Estimator,
-             nudged: Solver | None = None, *, backend: Backend = "torch", carried: dict | None = None) -> Report:
+             nudged: Solver | None = None, *, backend: Backend = "torch", carried: dict | None = None,
+             part: Part | None = None) -> Report:
     """The estimator's gradient at a given free state (B, ...), settled or not, without a free phase of its own: `report.free`
     is that state, evaluated once.
 
-    nudged: the solver of the estimator's second phase. carried: the state of an earlier report. Raises as `gradient` does, and
-    TypeError for an estimator without an equilibrium.
+    nudged: the solver of the estimator's second phase. carried: the state of an earlier report. part: as of `gradient`. Raises
+    as `gradient` does, and TypeError for an estimator without an equilibrium.
     """
     name = type(estimator).__name__
     if not estimator.equilibrium:
@@ -52,7 +59,7 @@ def at_state(model: Model, inputs: Tensor, targets: Tensor, state: Tensor, estim
     if estimator.second_phase and nudged is None:
         raise ValueError(f"{name} has a second phase; give nudged, the solver of it")
     return gradient(model, inputs, targets, estimator=estimator, solver=FixedHorizon(steps=0), nudged=nudged, state=carried,
-                    start=state, backend=backend)
+                    start=state, backend=backend, part=part)
 
 
 class _Estimated(torch.autograd.Function):

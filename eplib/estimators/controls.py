@@ -18,8 +18,9 @@ class ShuffledNudge(ByAdjoint):
     rounds = True
 
     def adjoint(self, problem: Problem, solver: Solver) -> Adjoint:
-        targets = problem.targets
-        wrong = replace(problem, targets=targets.flatten().roll(targets.numel() // 2).view_as(targets))
+        targets = problem.part.gathered(problem.targets)  # half a batch away, another rank's may be
+        rolled = targets.flatten().roll(targets.numel() // 2).view_as(targets)
+        wrong = replace(problem, targets=rolled[problem.part.rows])
         return linear_response(problem.jacobian, wrong, solver)
 
 

@@ -30,7 +30,8 @@ def real_points(problem: Problem, beta: float, nudging: Nudging = "symmetric") -
     if nudging == "random-sign":
         drawn = problem.carried.get("sign_draws", torch.zeros(1, dtype=torch.long))
         problem.carried["sign_draws"] = drawn + 1
-        signs = torch.randint(2, (len(nudges), 1), generator=torch.Generator().manual_seed(int(drawn)))
+        generator = torch.Generator().manual_seed(int(drawn))
+        signs = problem.part.mine(lambda size: torch.randint(2, (size, 1), generator=generator))
         nudges = nudges * (2 * signs - 1).to(nudges)
     return nudges, 1 / nudges
 

@@ -13,6 +13,7 @@ from ..calculus import uncompiled
 from ..dynamics import Dynamics
 from ..intact import bare, compiled
 from ..models import Model
+from ..parallel import Part
 from ..solvers import norm
 
 
@@ -39,7 +40,8 @@ class Problem:
     """One batch at a state, as a rule its free equilibrium. x (B, ...) and state (B, ...) without a graph.
 
     carried: tensors from the last call (random signs, feedback matrices), which an estimator may replace. dynamics: what
-    computes the block, by default the model's block itself (`Model.dynamics`).
+    computes the block, by default the model's block itself (`Model.dynamics`). part: which part of a larger batch it is, by
+    default all of it; what has to be known of the whole is asked of it.
     """
 
     model: Model
@@ -49,10 +51,13 @@ class Problem:
     state: Tensor
     carried: dict[str, Tensor] = field(default_factory=dict)
     dynamics: Dynamics = None  # type: ignore[assignment]  # the model's block, by __post_init__
+    part: Part = None  # type: ignore[assignment]  # all of it, likewise
 
     def __post_init__(self) -> None:
         if self.dynamics is None:
             object.__setattr__(self, "dynamics", self.model.block)
+        if self.part is None:
+            object.__setattr__(self, "part", Part(len(self.state), 0, len(self.state)))
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..dynamics import InKernel, LinearInKernel, projection
 from ..families import Family
+from ..parallel import Part
 from .loop import Force, Loop, Measure
 from .solution import Solution, norm, refuse_rounding, relative_force
 
@@ -78,8 +79,9 @@ class Solver(Family):
                              "solvers.Anderson, or backend=\"torch\"")
 
     @torch.no_grad()
-    def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
-        """The free phase of a block under the clamp x, from `start` (by default the block's)."""
+    def settle(self, block: Any, x: Tensor, start: Tensor | None = None, part: Part | None = None) -> Solution:
+        """The free phase of a block under the clamp x, from `start` (by default the block's). part: which part of a larger
+        batch it is, by default all of it."""
         refuse_rounding(x)
         start = block.start(x) if start is None else start
         if self.in_kernel and isinstance(block, InKernel):
@@ -90,25 +92,30 @@ class Solver(Family):
             some = x[samples]
             return lambda z: block(z, some)
 
-        return self.solve(lambda z: block(z, x), start, rough=self.coarse is not None, among=among, project=projection(block))
+        return self.solve(lambda z: block(z, x), start, rough=self._rough(x, part), among=among, project=projection(block))
 
     @torch.no_grad()
-    def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor) -> Solution:
+    def adjoint(self, jacobian: Any, slope: Tensor, scale: Tensor, part: Part | None = None) -> Solution:
         """The adjoint state of J^T a = -slope, (B, ...), from a = slope, which it is for J = -1; residuals relative to scale
-        (B,)."""
+        (B,). part: as of `settle`."""
         refuse_rounding(slope)
         if self.in_kernel and isinstance(jacobian, LinearInKernel):
             return jacobian.relax(self, slope, scale)
         self._refuse_kernel(jacobian)
         return self.solve(lambda a: jacobian.transposed(a) + slope, slope, lambda push, _: norm(push) / scale,
-                          rough=self.coarse is not None, linear=True)
+                          rough=self._rough(slope, part), linear=True)
+
+    def _rough(self, batch: Tensor, part: Part | None) -> Part | None:
+        return (part or Part(len(batch), 0, len(batch))) if self.coarse is not None else None
 
     @torch.no_grad()
-    def solve(self, force: Force, start: Tensor, measure: Measure = relative_force, rough: bool = False, linear: bool = False,
-              among: Callable[[Tensor], Force] | None = None, project: Callable[[Tensor], Tensor] | None = None) -> Solution:
+    def solve(self, force: Force, start: Tensor, measure: Measure = relative_force, rough: Part | None = None,
+              linear: bool = False, among: Callable[[Tensor], Force] | None = None,
+              project: Callable[[Tensor], Tensor] | None = None) -> Solution:
         """Takes `force` from `start` (B, ...) to its zero without storing a graph; `measure(force, state)` gives the residual
-        (B,). rough: whether the first evaluations may be in bfloat16, down to `coarse`; no sample ends with one of those.
-        linear: whether the force is linear but for a constant, so that differences tell its slope at any distance.
+        (B,). rough: where the first evaluations may be in bfloat16, until half of the batch of which this is that part has a
+        residual of at most `coarse`; no sample ends with one of those. linear: whether the force is linear but for a constant,
+        so that differences tell its slope at any distance.
 
         A sample whose state norm or residual grows a thousandfold is frozen as diverged: an explosion otherwise looks
         converged once step * F falls below the float spacing of z. A non-finite residual freezes the sample as well.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..parallel import Part
 from .samples import Samples
 from .solution import Solution, Status
 
@@ -21,7 +22,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # residual (B,) of a force at a st
 class Loop:
     """Takes a force to its zero without storing a graph, every sample for itself, as `Solver.solve` says."""
 
-    def __init__(self, solver: "Solver", force: Force, start: Tensor, measure: Measure, rough: bool, linear: bool,
+    def __init__(self, solver: "Solver", force: Force, start: Tensor, measure: Measure, rough: Part | None, linear: bool,
                  among: Callable[[Tensor], Force] | None, project: Callable[[Tensor], Tensor] | None):
         self.solver, self.force, self.measure, self.rough, self.among = solver, force, measure, rough, among
         self.project, self.start, self.history, self.evaluated = project, start, solver.history(linear), 0
@@ -35,19 +36,19 @@ class Loop:
             push, residual = self._evaluate(last)
             self.now.see(residual, -math.inf if self.rough else solver.tol, solver.latest)
             going = int(self.now.active.sum())
-            if last or not going:
+            if last or not (going or (self.rough and self.rough.ranks > 1)):  # all ranks end rounding together
                 break
             moved = solver.next(self.now.state, push, residual, self.now.best, self.history)
             self.now.move(moved if self.project is None else self.project(moved))
-            if self.among and 2 * going <= len(residual):
+            if self.among and 0 < 2 * going <= len(residual):
                 self._shrink(self.among)
         return self._solution()
 
     def _evaluate(self, last: bool) -> tuple[Tensor, Tensor]:
         """Force and residual. Rounding ends with the last evaluation, or once half of the samples are coarsely settled."""
         now = self.now
-        if self.rough and (last or now.residual.nanmedian() <= (self.solver.coarse or 0)):
-            self.rough = False
+        if self.rough and (last or self.rough.gathered(now.residual).nanmedian() <= (self.solver.coarse or 0)):
+            self.rough = None
             now.lowest = torch.full_like(now.lowest, torch.inf)  # until here it was that of a rounded force
         with torch.autocast(self.start.device.type, torch.bfloat16) if self.rough else nullcontext():
             push = self.force(now.state).to(self.start.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import configuration
 from ..dynamics import InKernel
+from ..parallel import Part
 from .anderson import Anderson
 from .base import Count
 from .solution import Solution, Status, norm
@@ -28,11 +29,11 @@ class Substitution(Anderson):
     chunk: Count | None = None
 
     @torch.no_grad()
-    def settle(self, block: Any, x: Tensor, start: Tensor | None = None) -> Solution:
+    def settle(self, block: Any, x: Tensor, start: Tensor | None = None, part: Part | None = None) -> Solution:
         start = block.start(x) if start is None else start
         past, parts = None if isinstance(block, InKernel) else block.prefix(), []
         if past is None or self.chunk is None:
-            return super().settle(block, x, start)
+            return super().settle(block, x, start, part)
 
         def force(drive: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda z: past.force(z, drive)

@@ -25,6 +25,7 @@ from ..config import ConfigurationError, parse, plain
 from ..diagnostics import clean_and_noisy
 from ..files import leftovers, publish, remove, write_atomically
 from ..models import Backend
+from ..parallel import broadcast
 from ..profiles import ROOT, configurations, load_profile, run_folder
 from ..provenance import machine, versions
 from ..runconfig import Branch
@@ -177,8 +178,10 @@ class Store:
 
         began, backend = time.monotonic(), backend or fastest_backend(config, device)
         origin = self.kept_state(config.branch) if config.branch else None
-        noted = {"origin": digest_of(origin)} if origin else {}
+        noted: dict[str, Any] = {"origin": digest_of(origin)} if origin else {}
+        broadcast(lambda: (config, backend, deadline - time.monotonic()))  # to the ranks that train it as well, if any do
         trainer = Trainer(config, self.scratch(config), self.root / "data", device, backend, origin)
+        noted |= {"ranks": trainer.part.ranks} if trainer.part.ranks > 1 else {}
         progress = trainer.advance(deadline, shown)
         metrics = summarise(trainer, progress)
         if config.adaptive:

@@ -84,7 +84,7 @@ def summarise(trainer: Trainer, progress: Progress) -> dict:
     config, model, rows = trainer.config, trainer.average, progress.rows
 
     def evaluated(solver: Solver, start: Callable[[Tensor], Tensor | None] | None = None) -> dict:
-        return evaluate(model, trainer.task, solver, backend=trainer.backend, start=start)
+        return evaluate(model, trainer.task, solver, backend=trainer.backend, start=start, part=trainer.part)
 
     first = config.first + 1
     above = ~(rows.column("free_residual_max") <= EXCURSION)
