@@ -7,6 +7,7 @@ by torchrun; alone, a process has the whole batch, and everything here is the id
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -80,10 +81,6 @@ class Part:
         """Each value's maximum over all parts, NaN if any is."""
         each = zip(*self.pooled(values), strict=True)
         return [math.nan if any(math.isnan(value) for value in column) else max(column) for column in each]
-
-    def mean(self, value: float) -> float:
-        """The mean over the whole batch of what is `value` in the mean over this part."""
-        return sum(self.pooled(self.share * value))
 
     def total(self, *tensors: Tensor) -> list[Tensor]:
         """Each tensor's sum over all parts, in one message."""
@@ -172,6 +169,6 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
+        said = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise RankError(f"rank {dist.get_rank()} has lost another one, or waited for it too long ({said}); start the command "
                         "again, it goes on from the last checkpoint") from error

@@ -104,8 +104,8 @@ class Trainer:
             self._step()
             self.progress.seconds.append(time.perf_counter() - began)
             step = self.progress.step
-            if self.part.leads and time.monotonic() - shown > 0.5:  # before anything is written: who shows may have lost the run
-                shown = time.monotonic()
+            if self.part.leads and time.monotonic() - shown > 0.5:
+                shown = time.monotonic()  # before anything is written: who shows may have lost the run, and stop it
                 show(bar.line(self.progress))
             if self._evaluates(step):
                 self._evaluate(step)

@@ -1,12 +1,13 @@
 """One run at a time on all ranks that torchrun started, each with its part of every batch:
 
-    torchrun --nproc-per-node 2 -m pipelines.train --profile paper --only dyadic
+    torchrun --nproc-per-node 2 -m pipelines.train --profile paper --only ep_linear
 
 The first rank goes through the store as a worker of that command does; the others know no store, and are told what to train.
 """
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,11 +22,21 @@ from eplib.store.summary import summarise
 from eplib.training import OutOfTime, Trainer
 
 
+@contextmanager
+def _together(device: str) -> Iterator[str]:
+    """`parallel.joined`; ends the process with status 1 and in words, where another rank is gone."""
+    try:
+        with parallel.joined(device) as own:
+            yield own
+    except parallel.RankError as error:
+        raise SystemExit(f"failed: {error}") from None
+
+
 def lead(store: Store, configs: list[RunConfig], device: str, budget: float, backend: Backend | None = None) -> int:
     """Trains `configs` as the first rank, one after the other, and prints progress; returns the exit status of
     `pipelines.train`. What another command trains is left to it. An error of one run ends all ranks."""
     deadline, late = time.monotonic() + budget, 0
-    with parallel.joined(device) as own:
+    with _together(device) as own:
         torch.set_num_threads(1)
         for done, config in enumerate(configs, 1):
             try:
@@ -40,7 +51,7 @@ def lead(store: Store, configs: list[RunConfig], device: str, budget: float, bac
 
 def follow(device: str, root: Path = ROOT) -> int:
     """Takes part, as one of the others, in every run that the first rank begins, until there is none left; returns 0."""
-    with parallel.joined(device) as own:
+    with _together(device) as own:
         torch.set_num_threads(1)
         while job := parallel.broadcast(lambda: None):
             config, backend, left = job

@@ -31,7 +31,7 @@ from eplib.tasks import Text
 from eplib.training import Trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STEPS, FEW = 50, 5  # of a run in float64, and in float32
+STEPS, FEW = 25, 5  # of a run in float64, and in float32
 BASE = {"experiment": "tiny", "arm": "ep", "model": Transformer(width=16, heads=4, context=8, block=blocks.Thick(init=0.3)),
         "estimator": estimators.DyadicEP(), "solver": solvers.Relaxation(step=0.7, max_steps=30, tol=1e-3),
         "optimiser": Optimiser(lr=1e-2), "steps": STEPS, "batch": 5, "evaluate_every": 25, "evaluation_batches": 3}
@@ -53,8 +53,7 @@ ARMS = {
                                                                            block=blocks.Feedforward())}}
 SINGLE = {  # float32 alone
     "half precision first": {"solver": solvers.MixedPrecision(step=0.7, max_steps=30, tol=1e-5, coarse=3e-2)},
-    "compiled": {"penalties": (CONTROL,), "optimiser": Optimiser(lr=1e-2, clipping="apart"),
-                 "solver": solvers.Substitution(step=0.7, max_steps=30, tol=1e-5)}}
+    "compiled": {"solver": solvers.Substitution(step=0.7, max_steps=30, tol=1e-5)}}
 
 
 def config(text: Path, changes: dict) -> RunConfig:
@@ -143,13 +142,13 @@ COUNTS = ("evaluations",)  # a batch shrinks once half of it has ended: half of 
 
 
 def agree(ours: Outcome, theirs: Outcome, bound: float) -> None:
-    """Weights to the bound, the log and the metrics to what they make of it."""
+    """Weights and loss to the bound, the log to what they make of it."""
     assert apart(ours, theirs) <= bound
     assert ours.columns.keys() == theirs.columns.keys()
     for name, values in theirs.columns.items():
         if not name.endswith(COUNTS):
             assert ours.columns[name] == pytest.approx(values, rel=1e4 * bound, abs=1e2 * bound, nan_ok=True), name
-    assert ours.metrics["final"] == pytest.approx(theirs.metrics["final"], rel=1e3 * bound)
+    assert ours.metrics["final"]["loss"] == pytest.approx(theirs.metrics["final"]["loss"], rel=10 * bound)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -246,7 +245,7 @@ def test_a_killed_rank_is_named_at_once_and_the_run_goes_on_bit_identical(text, 
     (status, said), (other, _) = command(killed)
     assert status == 1 and other == -signal.SIGKILL and left(killed) == {}
     assert "rank 0 has lost another one" in said and "start the command again" in said
-    assert float(said.split("ended ")[1]) - float((killed / "died").read_text()) < 2
+    assert float(said.split("ended ")[1].split()[0]) - float((killed / "died").read_text()) < 2
     alone = tmp_path / "alone"
     shutil.copytree(killed, alone)
     assert [status for status, _ in command(killed)] == [0, 0]
