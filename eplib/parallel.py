@@ -154,8 +154,9 @@ def broadcast(make: Callable[[], T]) -> T:
 
 def refuse_shared(configuration: Any) -> None:
     """Raises ValueError where a configuration has a part that is not known to treat the samples of a batch apart: a class that
-    is not eplib's and does not say `by_sample = True` itself."""
-    if isinstance(configuration, Family) and ":" in configuration.kind and not vars(type(configuration)).get("by_sample"):
+    is not eplib's and does not say `by_sample = True` itself, as does not its family."""
+    said = [one for one in type(configuration).__mro__ if one is type(configuration) or Family in one.__bases__]
+    if isinstance(configuration, Family) and ":" in configuration.kind and not any(vars(one).get("by_sample") for one in said):
         raise ValueError(f"{configuration.kind} is not known to treat every sample of a batch for itself, so it cannot be "
                          "given a part of one: train on one rank; or, where it does, say so in the class, by_sample = True")
     names = [field.name for field in fields(configuration)] if is_dataclass(configuration) else []

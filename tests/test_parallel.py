@@ -270,6 +270,11 @@ class Apart(estimators.ByAdjoint):
 
 
 @configuration
+class Rule(Optimiser):
+    """An update rule sees no samples."""
+
+
+@configuration
 class Derived(Apart):
     """What it inherits from says nothing of it."""
 
@@ -277,7 +282,7 @@ class Derived(Apart):
 def test_what_may_look_at_the_whole_batch_is_refused_by_name(text):
     run = config(text, {})
     parallel.refuse_shared(run)
-    parallel.refuse_shared(replace(run, estimator=Apart()))
+    parallel.refuse_shared(replace(run, estimator=Apart(), optimiser=Rule()))
     for own in (Own(), Derived()):
         with pytest.raises(ValueError, match=rf"test_parallel:{type(own).__name__} is not known .* by_sample = True"):
             parallel.refuse_shared(replace(run, estimator=own))

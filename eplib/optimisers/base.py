@@ -17,6 +17,8 @@ class UpdateRule(Family, default="Optimiser"):
     """How gradients become updates. One of your own is a `@configuration` that inherits from `Optimiser`, its schedule and its
     clipping, and overrides `build`."""
 
+    by_sample = True  # it sees the gradient of the whole batch
+
 
 @configuration
 class Optimiser(UpdateRule):
