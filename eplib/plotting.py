@@ -132,6 +132,31 @@ def seeds(
     return lines
 
 
+def windows(x: Sequence[float], y: Sequence[float], count: int = 70) -> tuple[np.ndarray, np.ndarray]:
+    """The largest value of `y` in each of `count` windows along `x`, at the windows' middles: of a quantity that changes from
+    step to step, what a line through every step hides under itself. Short series are left as they are."""
+    parts = [np.array_split(np.asarray(each, dtype=float), count) if len(x) > 2 * count else list(np.reshape(each, (-1, 1)))
+             for each in (x, y)]
+    return np.array([part.mean() for part in parts[0]]), np.array([np.fmax.reduce(part) for part in parts[1]])
+
+
+def dots(ax: Axes, place: float, values: Sequence[float], shade: str, *, full: bool = True,
+         interval: Mapping[str, Any] | None = None) -> None:
+    """A row at height `place`: every value (one per seed) a dot, hollow where not `full`, and of several their mean as a tick;
+    `interval` draws the 95 % interval {low, high} of that mean as a bar."""
+    ax.plot(values, [place] * len(values), "o", ms=3.5, color=shade, mfc=shade if full else "none", mew=0.9)
+    if len(values) > 1:
+        ax.plot([float(np.mean(values))], [place], "|", ms=9, mew=1.6, color=shade)
+    if interval and interval.get("low") is not None:
+        ax.plot([interval["low"], interval["high"]], [place, place], "-", lw=3.5, alpha=0.3, color=shade, solid_capstyle="butt")
+
+
+def rows_of(ax: Axes, names: Sequence[str]) -> None:
+    """Names the rows of `dots`, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
 def legend(fig: Figure, columns: int = 3) -> None:
     """One legend for all axes, below them and off the data; a label that several axes share appears once."""
     entries = {text: line for ax in fig.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}

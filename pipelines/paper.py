@@ -1,8 +1,9 @@
 """Collect what the notebooks wrote and set the paper from it.
 
     python -m pipelines.paper --profile P      write results/P/paper.json and paper/build/P/paper.pdf
+    python -m pipelines.paper --release        copy the paper profile's PDF to release/paper.pdf, with what it was set from
 
-paper/main.typ holds no number of ours: it looks every one up in the collected file, and shows what is absent as
+The text in paper/*.typ holds no number of ours: it looks every one up in the collected file, and shows what is absent as
 missing. The collected file without the facts of machines is results/P/paper.json; with them it is
 paper/build/P/content.json, which is what is set.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +31,18 @@ from pipelines.common import (
     for_profile,
     load_profile,
     notebook_names,
+    planned,
     read_json,
     write_text,
 )
 
+LARGEST = 2_000_000  # bytes of the released PDF
+SIZE = "c128"  # of benchmarks/results.json: the size whose times the paper shows
+TIMED = {"backpropagation": ("backprop", None),
+         "EP, linear response": ("EP linear response, torch", "EP linear response, compiled"),
+         "EP, two trajectories": ("EP two trajectories, cold, torch", "EP two trajectories, cold, compiled"),
+         "implicit differentiation": ("implicit", None), "BPTT": ("BPTT,", "BPTT, compiled")}
+# a row of the table of times -> how the names of its eager and its compiled arm begin in benchmarks/results.json
 PACKAGES = ("torch", "numpy", "matplotlib", "papermill", "dvc", "typst")
 
 
@@ -58,12 +68,34 @@ def figures_in(folder: Path, root: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def text_files(root: Path) -> list[Path]:
+    """The files of the text, sorted."""
+    return sorted((root / "paper").glob("*.typ"))
+
+
 def further(content: dict[str, Any], root: Path) -> dict[str, list[str]]:
-    """Kind -> the ids of what notebooks made of which the text places nothing: the paper shows them behind its text."""
-    placed = set(re.findall(r'#(?:fig|tab|samples)\("([^"]+)"\)', (root / "paper" / "main.typ").read_text(encoding="utf-8")))
-    kinds = ("figures", "tables", "texts")
-    known = {made["notebook"] for kind in kinds for name, made in content[kind].items() if name in placed}
-    return {kind: [name for name, made in content[kind].items() if made["notebook"] not in known] for kind in kinds}
+    """Kind -> the ids of what notebooks made that the text places nowhere: the appendix shows them at its end."""
+    text = "".join(path.read_text(encoding="utf-8") for path in text_files(root))
+    calls = {"figures": "fig", "tables": "tab", "texts": "samples"}
+    return {kind: sorted(set(content[kind]) - set(re.findall(rf'#{call}\("([^"]+)"\)', text))) for kind, call in calls.items()}
+
+
+def times(root: Path) -> dict[str, Any]:
+    """Times of one gradient at trained weights, eager beside eager and compiled beside compiled, from benchmarks/results.json;
+    empty where it is absent."""
+    path = root / "benchmarks" / "results.json"
+    if not path.is_file():
+        return {}
+    found = read_json(path)[SIZE]
+    arms = found["points"]["trained"]["arms"]
+
+    def of(start: str | None) -> float | None:
+        return next((arm["amortised"] for name, arm in arms.items() if start and name.startswith(start)), None)
+
+    rows = [[name, of(eager), of(compiled)] for name, (eager, compiled) in TIMED.items()]
+    rows[0][2] = found["compiled_backprop"]["compiled"]
+    machine = {key: found["machine"][key] for key in ("processor", "threads")}
+    return {"rows": rows, "rounds": found["rounds"], "size": SIZE, **machine}
 
 
 def add(found: dict[str, Any], kind: str, name: str, value: dict[str, Any]) -> None:
@@ -79,6 +111,7 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
     results = root / "results" / name_of(profile)
     content: dict[str, Any] = {
         "profile": name_of(profile),
+        "planned": planned(load_profile(profile, root), root),
         "summaries": {},
         "tables": {},
         "texts": {},
@@ -99,6 +132,7 @@ def collect(profile: str, root: Path = ROOT) -> dict[str, Any]:
     if (root / "paper" / "literature.yaml").is_file():
         content["tables"]["R1"] = literature.table(profile, root)
     content["further"] = further(content, root)
+    content["bench"] = times(root)
     claims = results / "claims.json"
     content["claims"] = {claim["id"]: claim for claim in read_json(claims)} if claims.is_file() else {}
     return content
@@ -155,16 +189,17 @@ def full_content(profile: str, root: Path = ROOT) -> str:
     """The collected file with the facts of machines, as text."""
     machine = machine_facts(profile, root)
     content = collect(profile, root)
+    digest = hashlib.sha256(dumps(content).encode()).hexdigest()
     for kind in ("tables", "figures"):
         content[kind] = machine[kind] | content[kind]
     # Not printed: so that a new text or a newly executed notebook makes the paper and the report old.
     sources = [
-        root / "paper" / "main.typ",
+        *text_files(root),
         root / "paper" / "refs.bib",
         *(root / "results" / name_of(profile) / "notebooks").glob("*.ipynb"),
     ]
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources)}
-    return dumps(content | {"machine": machine, "sources": digests})
+    return dumps(content | {"machine": machine, "digest": digest, "sources": digests})
 
 
 def up_to_date(profile: str, root: Path = ROOT) -> bool:
@@ -222,10 +257,36 @@ def write(profile: str, root: Path = ROOT) -> Path:
     return pdf
 
 
+def release(root: Path = ROOT) -> Path:
+    """Set the paper profile's paper and copy it to release/paper.pdf, beside it release/paper.json: the digests of the results
+    it was set from and of the file. Raises PipelineError if it is too large to be kept in git."""
+    pdf = build("paper", root).read_bytes()
+    if len(pdf) > LARGEST:
+        raise PipelineError(f"the paper has {len(pdf):,} bytes; release/paper.pdf is kept in git and may have {LARGEST:,}: "
+                            "draw fewer points in its largest figures")
+    target = root / "release" / "paper.pdf"
+    results = read_json(content_path("paper", root))["digest"]
+    write_text(target.with_suffix(".json"), dumps({"results": results, "pdf": hashlib.sha256(pdf).hexdigest()}))
+    target.write_bytes(pdf)
+    return target
+
+
 def show(profile: str) -> None:
     """Write, and say what was written."""
     print(f"paper: {write(profile).relative_to(ROOT)}")
 
 
+def main(arguments: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    if arguments != ["--release"]:
+        return for_profile("paper", __doc__, show)
+    try:
+        print(f"paper: {release().relative_to(ROOT)}")
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    command(lambda: for_profile("paper", __doc__, show))
+    command(lambda: main(sys.argv[1:]))

@@ -107,7 +107,7 @@ class Stages:
         written = sorted(path.name for path in (*paper.glob("*.typ"), *paper.glob("literature.yaml")))
         text = [*(f"paper/{name}" for name in written), "paper/refs.bib"]
         runs = [f"{self.results}/runs"] if self.plan.in_git else [f"{self.results}/runs/{group}" for group in self.plan.groups]
-        deps = {"claims": ["paper/claims.yaml", *self.made], "paper": [*text, *shown],
+        deps = {"claims": ["paper/claims.yaml", *self.made], "paper": [*text, "benchmarks/results.json", *shown],
                 "report": [*text, *shown, *executed, *runs, f"{self.results}/paper.json"]}  # it holds the PDF
         return {stage: {"cmd": self.command(stage), "deps": [self.decided(stage), *found],
                         "outs": [self.out(f"{self.results}/{stage}.json")]} for stage, found in deps.items()}

@@ -50,15 +50,19 @@ def tree(tmp_path):
     return planted(tmp_path)
 
 
+def whole_text(root: Path = ROOT) -> str:
+    """The sources of the text."""
+    return "\n".join(path.read_text() for path in paper.text_files(root))
+
+
 def fill(root: Path, profile: str = "quick") -> None:
     """Results such as the notebooks write them, all that the paper shows; every claim with a value."""
     results = root / "results" / profile
     values: dict[str, dict[str, float]] = {}
     over_seeds = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
-    text = (root / "paper" / "main.typ").read_text()
-    for kind, name, key in re.findall(r'#(val|interval|weighed|width)\("(\w+)", "(\w+)"', text):
-        if kind != "val" or key not in values.setdefault(name, {}):
-            values.setdefault(name, {})[key] = over_seeds if kind != "val" else 12.5
+    for kind, name, key in re.findall(r'#(val|interval|mean|part)\("(\w+)", "(\w+)"', whole_text(root)):
+        if kind in ("interval", "mean") or key not in values.setdefault(name, {}):
+            values.setdefault(name, {})[key] = over_seeds if kind in ("interval", "mean") else 12.5
     for claim in claims.load(root):
         value = over_seeds if claim.get("seeds") else 0.5
         values.setdefault(claim["value"]["file"].split("/")[0], {})[claim["value"]["key"]] = value
@@ -208,10 +212,9 @@ def test_a_claim_without_the_date_it_was_written_is_refused(tree):
         claims.load(tree)
 
 
-def test_the_claims_of_the_paper_and_its_text_name_each_other():
-    text = (ROOT / "paper" / "main.typ").read_text()
-    for claim in claims.load():
-        assert f'#claim("{claim["id"]}")' in text
+def test_the_text_names_no_claim_that_is_not_there():
+    named = set(re.findall(r'#claim\("([^"]+)"\)', whole_text()))
+    assert named and named <= {claim["id"] for claim in claims.load()}
 
 
 # --- figures ---
@@ -297,11 +300,23 @@ def test_plotting_never_imports_torch():
 
 @pytest.mark.parametrize("profile", ["quick", "paper"])
 def test_without_results_the_paper_is_set_and_says_what_is_missing(tree, profile):
+    for name in SOURCES:
+        common.write_text(tree / "notebooks" / f"{name}.ipynb", "{}")
     claims.write(profile, tree)
     assert paper.write(profile, tree).read_bytes().startswith(b"%PDF")
     missing = paper.missing(profile, tree)
-    assert {"figure F1", "table T2", "texts S1", "mnist/summary.json: ep_accuracy"} <= set(missing)
+    assert {"figure F0", "E1, results of notebook gradients", "E2, results of notebook mnist"} <= set(missing)
     assert close.close(profile, tree) == (profile != "paper")
+
+
+def test_what_a_profile_does_not_plan_is_said_and_not_called_missing(tree):
+    for name in SOURCES:
+        common.write_text(tree / "notebooks" / f"{name}.ipynb", "{}")
+    common.write_text(tree / "pipelines" / "profiles" / "quick.yaml", yaml.safe_dump({"notebooks": {"mnist": None}}))
+    claims.write("quick", tree)
+    paper.write("quick", tree)
+    missing = paper.missing("quick", tree)
+    assert "E2, results of notebook mnist" in missing and not [what for what in missing if "gradients" in what]
 
 
 def test_what_a_notebook_of_the_readers_own_makes_is_shown_behind_the_text(tree):
@@ -346,7 +361,7 @@ def test_with_results_nothing_is_missing_and_the_pdf_has_the_same_bytes_each_tim
 
 
 def test_a_rounded_value_keeps_its_digits_and_a_whole_one_has_no_point(tree):
-    helpers = (tree / "paper" / "main.typ").read_text().split("// --- layout")[0]
+    helpers = '#import "lib.typ": *'
     shown = ", ".join(
         f"padded(number({value}, digits: {digits}), {digits})" for value, digits in ((68.51, 0), (1.0, 3), (2.5, 1))
     )
@@ -361,3 +376,59 @@ def test_a_fault_in_the_text_is_reported(tree):
     with pytest.raises(PipelineError, match="unknown"):
         paper.build("quick", tree)
     assert not paper.up_to_date("quick", tree)
+
+
+# --- the paper of the recorded results ---
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A root with the text, and the results and figures of the paper profile that are in git, its paper set; and a function
+    that asks Typst for the values of what has a label."""
+    root = tmp_path_factory.mktemp("recorded")
+    left_out = shutil.ignore_patterns("build", "runs", "weights", "notebooks", "*.py")
+    for folder in ("paper", "pipelines/profiles", "results/paper", "figures/paper", "notebooks", "benchmarks"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=left_out)
+    claims.write("paper", root)
+    paper.build("paper", root)
+    return root, lambda label: json.loads(paper.compile_with(paper.content_path("paper", root), root, query=label))
+
+
+def test_the_main_text_has_nine_pages_at_most_and_its_tables_eight_rows(recorded):
+    _, ask = recorded
+    assert ask("<main-end>")[0] <= 9
+    assert ask("<rows>") and max(ask("<rows>")) <= 8
+
+
+def test_what_the_main_text_shows_stands_on_the_page_that_cites_it_or_on_the_next(recorded):
+    _, ask = recorded
+    end, pages = ask("<main-end>")[0], {}
+    for mark in ask("<placed>"):
+        pages.setdefault((mark["id"], mark["kind"]), []).append(mark["page"])
+    shown = {name: where[0] for (name, kind), where in pages.items() if kind == "stands" and where[0] <= end}
+    assert len(shown) > 5
+    for name, page in shown.items():
+        assert min(abs(page - cited) for cited in pages[name, "cited"]) <= 1, (name, page, pages[name, "cited"])
+
+
+def test_every_claim_has_its_row_and_every_mark_leads_to_one(recorded):
+    _, ask = recorded
+    decided = {claim["id"] for claim in claims.load()}
+    assert set(ask("<claimed>")) <= decided and set(ask("<claim-row>")) == decided
+
+
+def test_the_released_paper_says_which_results_it_was_set_from():
+    pdf, record = ROOT / "release" / "paper.pdf", common.read_json(ROOT / "release" / "paper.json")
+    assert pdf.stat().st_size < paper.LARGEST
+    assert hashlib.sha256(pdf.read_bytes()).hexdigest() == record["pdf"]
+    assert re.fullmatch("[0-9a-f]{64}", record["results"])
+
+
+@pytest.mark.parametrize("path", paper.text_files(ROOT), ids=lambda path: path.name)
+def test_paragraphs_are_short_and_hold_few_numbers(path):
+    for paragraph in re.split(r"\n\s*\n", path.read_text()):
+        if path.name in ("lib.typ", "schematic.typ") or re.match(r"\s*(//|#(?!if|part|mean|val))", paragraph):
+            continue  # code, figures and tables
+        looked_up = len(re.findall(r"#(?:val|mean)\(", paragraph))
+        words = re.sub(r"\([^()]*\)", "", re.sub(r"#(?:val|mean|claim|figref|tabref|briefref)\([^)]*\)", "", paragraph)).split()
+        assert len(words) <= 150 and looked_up <= 8, f"{len(words)} words, {looked_up} numbers: {paragraph[:80]}"

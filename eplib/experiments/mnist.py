@@ -216,7 +216,8 @@ def summary(found: Evidence, runs: list[Run], followed: list[Run], audited: list
     followed = [run for run in followed if run.config.penalties and run.config.arm not in CONTROLS]
     bptt: list[Any] = [run.config.estimator for run in arms.get("bptt", ())]
     pairs = {("ep", "bp"): ("ep_linear", "backprop"), ("ep", "bptt"): ("ep_linear", "bptt"),
-             ("bptt", "bp"): ("bptt", "backprop"), ("vector_field", "ep"): ("vector_field", "ep_linear")}
+             ("bptt", "bp"): ("bptt", "backprop"), ("vector_field", "ep"): ("vector_field", "ep_linear"),
+             ("two", "bp"): ("ep", "backprop"), ("two", "bptt"): ("ep", "bptt")}
 
     def falls(arm: str) -> float | None:
         return max(map(fall, found.annealed.get(arm, [])), default=None)
@@ -227,7 +228,7 @@ def summary(found: Evidence, runs: list[Run], followed: list[Run], audited: list
 
     return {
         **{f"{name}_accuracy": tables.final(arms, arm, "accuracy")
-           for name, arm in (("ep", "ep_linear"), ("bp", "backprop"), ("vector_field", "vector_field"))},
+           for name, arm in (("ep", "ep_linear"), ("two", "ep"), ("bp", "backprop"), ("vector_field", "vector_field"))},
         **{f"{ours}_minus_{other}": tables.paired(arms, *pair, "accuracy") for (ours, other), pair in pairs.items()},
         "without_gradient": sum(map(tables.without_gradient, runs)), "steps": sum(run.config.steps for run in runs),
         "excursions": excursions(followed),

@@ -15,7 +15,8 @@ NEAR = 3e-3  # displacement up to which an audit by two trajectories is one of t
 PAIRS = {"ep_minus_bptt": ("ep_linear", "bptt"), "ep_minus_bp": ("ep_linear", "backprop"),
          "plane_minus_vector": ("ep_plane", "ep_linear"), "plane_minus_bp": ("ep_plane", "backprop"),
          "plane_minus_bare": ("ep_plane", "bptt_bare"), "two_trajectory_minus_bptt": ("ep", "bptt"),
-         "two_trajectory_minus_ep": ("ep", "ep_linear"), "vector_field_minus_ep": ("vector_field", "ep_linear"),
+         "two_trajectory_minus_bp": ("ep", "backprop"), "two_trajectory_minus_ep": ("ep", "ep_linear"),
+         "vector_field_minus_ep": ("vector_field", "ep_linear"),
          "bptt_minus_bare": ("bptt", "bptt_bare")}
 Arms = dict[str, list[Run]]
 
