@@ -58,10 +58,15 @@ class InKernel(Dynamics, Protocol):
 
 @runtime_checkable
 class LinearInKernel(Linearisation, Protocol):
-    """A linearisation with a loop of its own for the adjoint phase."""
+    """A linearisation with loops of its own, for the adjoint phase and for a probe of every token."""
 
     def relax(self, solver: "Solver", slope: Tensor, scale: Tensor) -> "Solution":
         """Solves J^T a = -slope; residuals count in units of scale (B,)."""
+        ...
+
+    def token_probe(self, v: Tensor, step: float, products: int) -> tuple[Tensor, Tensor]:
+        """Every token's probe v (B, T, C), refined by so many products v <- (I + step J_tt) v scaled to norm 1, and what one
+        more makes of it."""
         ...
 
     def transposed_and_contracted(self, u: Tensor, /) -> tuple[Tensor, dict[str, Tensor], Tensor]:

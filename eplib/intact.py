@@ -11,13 +11,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .calculus import EPS, Memory, Sublayers
+from .calculus import EPS, Gated, Memory, Sublayers
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-FORCE = ("__call__", "forward", "_inputs")  # the methods of a block that make its force
-WEIGHTS: dict[type, set[str]] = {nn.Linear: {"weight"}, nn.LayerNorm: {"weight", "bias"}, Memory: {"weight"}, Sublayers: set()}
-INSIDE: dict[type, dict[str, type]] = {
-    Sublayers: {"ln1": nn.LayerNorm, "ln2": nn.LayerNorm} | dict.fromkeys(("qkv", "wo", "w1", "w2"), nn.Linear)}
+FORCE = ("__call__", "forward", "_inputs", "decay")  # the methods of a block that make its force
+WEIGHTS: dict[type, set[str]] = {nn.Linear: {"weight"}, nn.LayerNorm: {"weight", "bias"}, Gated: {"weight", "gate"},
+                                     Memory: {"weight"}, Sublayers: set()}
+OUTPUT = nn.Linear, Gated  # either
+INSIDE: dict[type, dict[str, Any]] = {
+    Sublayers: {"ln1": nn.LayerNorm, "ln2": nn.LayerNorm, "qkv": nn.Linear, "wo": OUTPUT, "w1": nn.Linear, "w2": OUTPUT}}
 
 
 def alteration(block: nn.Module, written: type, parts: dict[str, type]) -> str | None:
@@ -36,6 +38,8 @@ def alteration(block: nn.Module, written: type, parts: dict[str, type]) -> str |
         return "hooks are registered for all modules"
     if not isinstance(getattr(block, "damping", 0.0), Real):
         return f"its damping is a {type(block.damping).__name__}, not a number"
+    if getattr(block, "log_damping", None) is not block._parameters.get("log_damping"):
+        return "its log_damping is replaced"
     if _hooked(block):
         return "it has hooks"
     return next(filter(None, (_of_part(block, path, kind) for path, kind in parts.items())), None)
@@ -51,15 +55,16 @@ def _methods(kind: type) -> frozenset[str]:
 
 
 def _of_part(block: nn.Module, path: str, kind: Any) -> str | None:
-    """How the module at the path is not a `kind` as its constructor made it, weights aside."""
+    """How the module at the path is not a `kind`, or one of several, as its constructor made it, weights aside."""
     *above, name = path.split(".")
     part: Any = getattr(block.get_submodule(".".join(above)), name, None)
-    made = type(part)
-    if made is not kind:
-        return f"{path} is a {made.__name__}, not a {kind.__name__}"
+    made, kinds = type(part), kind if isinstance(kind, tuple) else (kind,)
+    if made not in kinds:
+        return f"{path} is a {made.__name__}, not a {kinds[0].__name__}"
+    kind = made
     if _hooked(part):
         return f"{path} has hooks"
-    for name in vars(part).keys() & _methods(kind):  # type: ignore[arg-type]  # a class is hashable
+    for name in vars(part).keys() & _methods(kind):
         return f"{path}.{name} is replaced"
     weights = {name: value for name, value in part._parameters.items() if value is not None}
     if weights.keys() != WEIGHTS[kind]:

@@ -16,6 +16,8 @@ from eplib.solvers import Anderson, FixedHorizon, Relaxation, Status
 from systems import TIGHT, transformer
 
 EQUILIBRIUM = [blocks.Thick(init=1.0, damping=0.3), blocks.Thick(init=1.0, qk_norm=True), blocks.Layered(layers=3, init=1.0),
+               blocks.Thick(init=1.0, damping=0.3, learned_damping=True, gated=1.5),
+               blocks.Layered(layers=2, init=1.0, gated=0.7),
                blocks.Attractor(layers=2, init=1.0), blocks.Thin(init=1.0), blocks.Energy(init=1.0), blocks.Monotone()]
 IMAGE = [blocks.Thick(init=1.0, causal=False), blocks.Layered(layers=2, init=1.0, causal=False),
          blocks.Thin(init=1.0, causal=False), blocks.Energy(init=1.0, causal=False), blocks.Monotone(causal=False),
@@ -63,6 +65,25 @@ def test_products_and_contraction_are_those_of_automatic_differentiation(config)
     for key, value in zip(weights, expected, strict=False):
         assert torch.allclose(grads[key], value, rtol=1e-6, atol=1e-9), key
     assert torch.allclose(into, expected[-1], rtol=1e-6, atol=1e-9)
+
+
+def test_gates_stay_below_their_bound_and_a_learned_decay_above_zero_whatever_is_learned():
+    block, x, z = system(blocks.Thick(init=1.0, damping=0.5, learned_damping=True, gated=0.4))
+    plain = blocks.Thick(init=1.0).build(8, 2, 5).double()
+    plain.load_state_dict({name: value for name, value in block.state_dict().items() if name in plain.state_dict()})
+    with torch.no_grad():
+        for parameter in (block.layers.wo.gate, block.layers.w2.gate, block.log_damping):
+            parameter.copy_(50 * torch.randn(8))
+        opened = {name: (getattr(block.layers, name)(torch.ones(layer.in_features, dtype=torch.float64)) / layer(
+            torch.ones(layer.in_features, dtype=torch.float64))) for name, layer in plain.layers.named_children()
+            if name in ("wo", "w2")}
+        for share in opened.values():
+            assert (share >= 0).all() and (share <= 0.4 + 1e-12).all() and share.max() > 0.39
+        assert (block.decay > 1 - 1e-12).all()
+        block.log_damping.zero_()
+        assert torch.allclose(block(z, x), x - 1.5 * z + block.layers.parallel(z))
+    with pytest.raises(ValidationError, match="damping above 0"):
+        blocks.Thick(learned_damping=True)
 
 
 def test_a_derivative_keeps_its_state_once():
@@ -335,6 +356,12 @@ def uneven_damping(block):
     return block
 
 
+def learned_decay(block):
+    block.log_damping = nn.Parameter(torch.randn(16, dtype=torch.float64) / 10)
+    nn.utils.parametrize.register_parametrization(block, "log_damping", nn.Tanh())
+    return block
+
+
 def everywhere(block):
     return block  # the test registers a hook for all modules
 
@@ -357,6 +384,7 @@ ALTERED = {
     "another eps": swapped("layers.ln2", lambda norm: nn.LayerNorm(norm.normalized_shape, eps=0.1)),
     "a gain alone": swapped("layers.ln2", lambda norm: nn.LayerNorm(norm.normalized_shape, bias=False)),
     "hook inside": hooked("layers.w1"), "hook on the block": hooked(""), "pre-hook": masked, "activation": replaced,
+    "learned decay": learned_decay,
     "subclass": gated, "own forward": own_forward, "uneven damping": uneven_damping, "global hook": everywhere,
     "linear attention with qk_norm": attention_of_features,
     "compiled part": swapped("layers.qkv", lambda layer: torch.compile(layer, backend="eager")),

@@ -94,6 +94,7 @@ def own(model):
 BLOCKS = {
     "Thick": (blocks.Thick(init=0.3), None), "image": (blocks.Thick(init=0.3, causal=False), None),
     "damped": (blocks.Thick(init=0.3, damping=0.2), None), "qk_norm": (blocks.Thick(init=0.3, qk_norm=True), None),
+    "gated": (blocks.Thick(init=0.6, gated=1.0, damping=0.2, learned_damping=True), None),
     "Attractor": (blocks.Attractor(init=0.3), None), "Layered": (blocks.Layered(layers=2, init=0.3), None),
     "Thin": (blocks.Thin(), None), "Energy": (blocks.Energy(), None), "Energy, image": (blocks.Energy(causal=False), None),
     "Monotone": (blocks.Monotone(bound=0.5), None), "LinearAttention": (blocks.LinearAttention(init=0.1), None),
@@ -221,7 +222,8 @@ def penalty_value(penalty, model, z, x, step):
         strength, residual = penalty.strength, (norm(force) / norm(z)).max().item()
         if penalty.driven:
             strength = penalty.driven(residual, {}, strength)
-        return strength * ((j + (1 + model.block.damping) * eye) @ draw).square().sum((1, 2)).mean()
+        decay = (torch.ones_like(z[0]) * model.block.decay).flatten()
+        return strength * ((j + decay * eye) @ draw).square().sum((1, 2)).mean()
     if isinstance(penalty, Homeostasis):
         return penalty.strength * ((j - j.mT) @ draw).square().sum((1, 2)).mean()
     if isinstance(penalty, ResidualPenalty):

@@ -19,11 +19,11 @@ SHAPES = [(16, 4, 5, True, False), (32, 4, 13, True, False), (64, 4, 40, True, F
           (64, 8, 16, False, False), (64, 4, 4, False, True), (48, 4, 17, False, True)]  # the last two: linear attention
 
 
-def system(width=32, heads=4, tokens=13, causal=True, strength=1.0, damping=0.0, batch=3, linear=False):
+def system(width=32, heads=4, tokens=13, causal=True, strength=1.0, damping=0.0, batch=3, linear=False, **options):
     """A block with all its weights away from their initial values, and a clamp."""
     torch.manual_seed(0)
     kind = blocks.LinearAttention() if linear else blocks.Thick(causal=causal)
-    block = replace(kind, init=strength, damping=damping).build(width, heads, tokens)
+    block = replace(kind, init=strength, damping=damping, **options).build(width, heads, tokens)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -51,6 +51,46 @@ def test_force_and_products_are_those_of_pytorch(width, heads, tokens, causal, l
         assert set(grads) == set(truth)
         for name in truth:
             assert close(grads[name], truth[name], 5e-6), name
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"gated": 1.5}, {"damping": 0.3, "learned_damping": True}], ids=repr)
+def test_every_option_of_a_block_is_computed_as_pytorch_does(options, causal):
+    """Force, products, the gradient in every parameter, and where both phases end."""
+    block, x = system(causal=causal, strength=0.5, **options)
+    solver, v = Anderson(step=0.7, max_steps=200, tol=1e-5), torch.randn_like(x)
+    with torch.no_grad():
+        compiled = kernels.CompiledBlock(block)
+        z = Substitution(step=0.7, max_steps=200, tol=1e-6).settle(compiled, x).value
+        assert close(z, solver.settle(block, x).value, 5e-5)
+        ours, theirs = compiled.linearise(z, x), block.linearise(z, x)
+        assert close(ours.product(v), theirs.product(v)) and close(ours.transposed(v), theirs.transposed(v))
+        a = solver.adjoint(ours, v, norm(v)).value
+        assert close(a, solver.adjoint(theirs, v, norm(v)).value, 1e-4)
+        grads, truth = ours.contract(a)[0], theirs.contract(a)[0]
+        assert set(grads) == set(truth) == {name for name, _ in block.named_parameters()}
+        for name in truth:
+            assert close(grads[name], truth[name], 5e-6), name
+        for parameter in block.parameters(recurse=False):
+            parameter += 0.1
+            with pytest.raises(kernels.KernelError, match="weights have changed"):
+                compiled(z, x)
+
+
+@pytest.mark.parametrize("products", [0, 3])
+def test_a_probe_of_every_token_is_refined_as_by_single_products(products):
+    """More tokens than are refined together, and a sample that ends among them."""
+    block, x = system(64, 4, 40)
+    v, step = torch.randn_like(x), 0.25
+    v[1, 5] = 0  # a probe of zero stays zero
+    with torch.no_grad():
+        jacobian, reference = kernels.CompiledBlock(block).linearise(x, x), block.linearise(x, x)
+        probe, moved = jacobian.token_probe(v, step, products)
+        for _ in range(products):
+            v = v + step * reference.token_product(v)
+            v /= v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+        assert close(probe, v) and close(moved, v + step * reference.token_product(v))
+        assert not probe[1, 5].any() and not moved[1, 5].any()
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (127, 7, 33), (300, 100, 64), (128, 48, 80)])
@@ -125,6 +165,18 @@ def test_a_phase_in_the_kernels_own_loop_is_that_of_pytorch(causal, linear, solv
         if isinstance(solver, Relaxation):
             assert torch.allclose(kernel.rate, reference.rate, rtol=0.02)
             assert abs(kernel.evaluations - reference.evaluations) <= 2  # ours stop sample by sample
+
+
+def test_memory_is_kept_of_the_shapes_that_were_used_last(monkeypatch):
+    monkeypatch.setattr(kernels.storage.Storage, "spare", {})
+    block, x = system(tokens=40)
+    compiled, seen = kernels.CompiledBlock(block), []
+    for tokens in (40, *range(1, 8), 40, 9, 10):
+        part = x[:, :tokens].contiguous()
+        seen.append(compiled.linearise(part, part).cache.parts[0].data_ptr())
+    assert len(kernels.storage.Storage.spare) == kernels.storage.SHAPES
+    sizes = {3 * tokens * 32 for tokens in (40, *range(3, 8), 9, 10)}
+    assert {key[0] for key in kernels.storage.Storage.spare} == sizes and seen[8] == seen[0]
 
 
 def test_a_copy_made_for_the_kernel_lives_through_the_call():
@@ -319,8 +371,6 @@ def test_it_refuses_what_it_does_not_compute():
     block, x = system()
     with pytest.raises(kernels.KernelError, match="float32"):
         kernels.CompiledBlock(block)(x.double(), x)
-    with pytest.raises(kernels.KernelError, match="qk_norm"):
-        kernels.CompiledBlock(blocks.Thick(qk_norm=True).build(32, 4, 8))
     with pytest.raises(kernels.KernelError, match="asymmetric"):
         kernels.CompiledBlock(blocks.LinearAttention(symmetric=True).build(32, 4, 8))
     with pytest.raises(kernels.KernelError, match="LayeredBlock"):

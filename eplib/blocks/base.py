@@ -1,7 +1,7 @@
 """What all blocks are made of: a module with a force, its derivative, and the configuration that builds it."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..calculus import (
     ParallelSlope,
     Prefix,
     ThinSlope,
+    positions,
 )
 from ..families import Family, owed
 
@@ -27,6 +28,11 @@ class Dynamical(nn.Module):
     def holomorphic(self) -> bool:
         """Whether the force takes complex states, as its holomorphic extension."""
         return False
+
+    @property
+    def decay(self) -> Any:
+        """1 + c, a number, or one of every channel (C,)."""
+        return 1 + self.damping
 
     def drive(self, x: Tensor) -> Tensor:
         return x
@@ -55,12 +61,13 @@ class Dynamical(nn.Module):
 
 class Jacobian(Derivative):
     """J = dF/dz by hand of a block F = x - decay z + f(z), from the derivative `inner` of f. owner: prefix of its weights'
-    names in the block; causal: whether a token's force depends on those before it only."""
+    names in the block; causal: whether a token's force depends on those before it only; decaying: whether the decay (C,) is
+    learned, 1 + c e^l of the block's `log_damping` l."""
 
     def __init__(self, inner: ParallelSlope | ThinSlope, z: Tensor, x: Tensor, weights: Callable[[], Iterable[Tensor]],
-                 decay: float, owner: str, causal: bool):
+                 decay: float | Tensor, owner: str, causal: bool, decaying: bool = False):
         super().__init__(z, x, weights)
-        self.inner, self.decay, self.owner, self.by_token = inner, decay, owner, causal
+        self.inner, self.decay, self.owner, self.by_token, self.decaying = inner, decay, owner, causal, z if decaying else None
 
     @property
     def attention(self) -> AttentionSlope:
@@ -78,7 +85,10 @@ class Jacobian(Derivative):
 
     def contract(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         found = self.inner.contract(self._along(u, several=False))
-        return {f"{self.owner}{name}": value for name, value in found.items()}, u.sum_to_size(self.clamped)
+        grads = {f"{self.owner}{name}": value for name, value in found.items()}
+        if self.decaying is not None:
+            grads["log_damping"] = (1 - self.decay) * positions(u * self.decaying)
+        return grads, u.sum_to_size(self.clamped)
 
 
 Damping = Annotated[float, Field(ge=0)]

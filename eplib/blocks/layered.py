@@ -100,9 +100,11 @@ class _Stack(Block):
     qk_norm: bool = False
     expansion: Positive = 4
     init: Scale = 0.1
+    gated: Scale | None = None
 
     def _sublayers(self, width: int, heads: int, count: int) -> list[Sublayers]:
-        return [Sublayers(width, heads, self.expansion, self.causal, self.qk_norm, self.init) for _ in range(count)]
+        return [Sublayers(width, heads, self.expansion, self.causal, self.qk_norm, self.init, gated=self.gated)
+                for _ in range(count)]
 
 
 @configuration

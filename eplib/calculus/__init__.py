@@ -19,16 +19,20 @@ from .functions import (
     EPS,
     GELU_CUBIC,
     GELU_SCALE,
+    Gated,
     ShapeError,
     attend,
     attention_weights,
+    contracted,
     dividing,
     features,
     gelu,
     gelu_slope,
     linear,
+    matrix,
     merge_heads,
     normalise,
+    positions,
     split_heads,
     standardise,
     standardise_slope,
@@ -38,8 +42,8 @@ from .functions import (
 from .layers import Memory, Prefix, Sublayers
 from .slopes import MemorySlope, NetworkSlope, ParallelSlope, SequentialSlope, ThinSlope
 
-__all__ = ["AttentionSlope", "AutomaticSlope", "Derivative", "EPS", "GELU_CUBIC", "GELU_SCALE", "LinearAttentionSlope",
-           "Memory", "MemorySlope", "NetworkSlope", "ParallelSlope", "Prefix", "SequentialSlope", "ShapeError", "Sublayers",
-           "ThinSlope", "attend", "attention_weights", "dividing", "features", "gelu", "gelu_slope", "linear", "merge_heads",
-           "normalise", "split_heads", "standardise", "standardise_slope", "twice_differentiable", "uncompiled", "unit_rms",
-           "unit_rms_slope", "version", "writes"]
+__all__ = ["AttentionSlope", "AutomaticSlope", "Derivative", "EPS", "GELU_CUBIC", "GELU_SCALE", "Gated",
+           "LinearAttentionSlope", "Memory", "MemorySlope", "NetworkSlope", "ParallelSlope", "Prefix", "SequentialSlope",
+           "ShapeError", "Sublayers", "ThinSlope", "attend", "attention_weights", "contracted", "dividing", "features", "gelu",
+           "gelu_slope", "linear", "matrix", "merge_heads", "normalise", "positions", "split_heads", "standardise",
+           "standardise_slope", "twice_differentiable", "uncompiled", "unit_rms", "unit_rms_slope", "version", "writes"]

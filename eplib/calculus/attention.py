@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .automatic import version
-from .functions import attention_weights, features, merge_heads, outer, split_heads, unit_rms, unit_rms_slope
+from .functions import (
+    attention_weights,
+    contracted,
+    features,
+    matrix,
+    merge_heads,
+    outer,
+    split_heads,
+    unit_rms,
+    unit_rms_slope,
+)
 from .layers import Sublayers
 
 
@@ -69,7 +79,7 @@ class AttentionSlope(Kept):
 
     def _backward(self, u: Tensor) -> Tensor:
         """From the output back to q, k, v side by side: (..., T, C) -> (..., T, 3 C)."""
-        do = split_heads(u @ self.layers.wo.weight, self.layers.heads)  # (..., H, T, D)
+        do = split_heads(u @ matrix(self.layers.wo), self.layers.heads)  # (..., H, T, D)
         # rowsum(weights * (do v^T)) = <do, mixed>, a sum over D instead of T
         ds = (do @ self.v.mT).sub_((do * self.mixed).sum(-1, keepdim=True)).mul_(self.weights)  # (..., H, T, T)
         dq, dk, dv = ds @ self.k_scaled, ds.mT @ self.q_scaled, self.weights.mT @ do
@@ -82,7 +92,7 @@ class AttentionSlope(Kept):
 
     def contract(self, u: Tensor, a: Tensor) -> dict[str, Tensor]:
         """a: the input again, which is not kept: it is a product away from what its owner keeps."""
-        return {"qkv.weight": outer(self._back(u), a), "wo.weight": outer(u, merge_heads(self.mixed))}
+        return {"qkv.weight": outer(self._back(u), a)} | contracted("wo", self.layers.wo, outer(u, merge_heads(self.mixed)))
 
 
 class LinearAttentionSlope(AttentionSlope):
@@ -121,7 +131,7 @@ class LinearAttentionSlope(AttentionSlope):
         return self.layers.wo(merge_heads((up - down * self.mixed) * self.inverse))
 
     def _backward(self, u: Tensor) -> Tensor:
-        up = split_heads(u @ self.layers.wo.weight, self.layers.heads) * self.inverse
+        up = split_heads(u @ matrix(self.layers.wo), self.layers.heads) * self.inverse
         down = -(up * self.mixed).sum(-1, keepdim=True)
         memory, total = self.q.mT @ up, (self.q * down).sum(-2, keepdim=True)  # back to M and s
         dq = (up @ self.memory.mT + down * self.total) * self.q_slope

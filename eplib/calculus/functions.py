@@ -30,11 +30,41 @@ def gelu_slope(h: Tensor) -> Tensor:
     return gate + gate * (1 - gate) * h * (GELU_SCALE + 3 * GELU_SCALE * GELU_CUBIC * h * h)
 
 
+class Gated(nn.Linear):
+    """W a without bias, every output channel times its gate gamma_max sigmoid(g), which no training takes beyond gamma_max. A
+    gate is half open at first."""
+
+    def __init__(self, inputs: int, outputs: int, largest: float):
+        super().__init__(inputs, outputs, bias=False)
+        self.largest, self.gate = largest, nn.Parameter(torch.zeros(outputs))
+
+    def matrix(self) -> Tensor:
+        """Gates and W as one matrix."""
+        return self.largest * self.gate.sigmoid().unsqueeze(1) * self.weight
+
+    def forward(self, a: Tensor) -> Tensor:
+        return functional.linear(a, self.matrix())
+
+
+def matrix(layer: nn.Linear) -> Tensor:
+    """What the layer multiplies with."""
+    return layer.matrix() if isinstance(layer, Gated) else layer.weight
+
+
+def contracted(name: str, layer: nn.Linear, grad: Tensor) -> dict[str, Tensor]:
+    """From the gradient in the matrix of the layer of that name to that in its parameters."""
+    if not isinstance(layer, Gated):
+        return {f"{name}.weight": grad}
+    share = layer.gate.sigmoid()
+    return {f"{name}.weight": layer.largest * share.unsqueeze(1) * grad,
+            f"{name}.gate": layer.largest * share * (1 - share) * (grad * layer.weight).sum(1)}
+
+
 def linear(layer: nn.Linear, a: Tensor) -> Tensor:
     """layer(a); of a complex input the real and the imaginary part go through the real weights apart."""
     if not a.is_complex():
         return layer(a)
-    return torch.complex(layer(a.real), functional.linear(a.imag, layer.weight))
+    return torch.complex(layer(a.real), functional.linear(a.imag, matrix(layer)))
 
 
 def standardise(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,20 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .functions import EPS, ShapeError, attend, dividing, features, gelu, linear, merge_heads, normalise, split_heads, unit_rms
+from .functions import (
+    EPS,
+    Gated,
+    ShapeError,
+    attend,
+    dividing,
+    features,
+    gelu,
+    linear,
+    merge_heads,
+    normalise,
+    split_heads,
+    unit_rms,
+)
 
 
 class Memory(nn.Module):
@@ -29,19 +42,20 @@ class Sublayers(nn.Module):
     linear: the attention is f(q) (f(k)^T v) / (f(q) sum f(k)) over all tokens, f = elu + 1 (Katharopoulos 2020). Shared by the
     equilibrium blocks and by the ordinary transformer, so that the two have the same parameters.
     The output weights of both branches start at `init` times the usual 1/sqrt(fan-in), well inside the contractive region.
+    gated: gamma_max of the gates of both outputs (`Gated`), None for outputs without.
     """
 
     def __init__(self, width: int, heads: int, expansion: int, causal: bool, qk_norm: bool, init: float,
-                 linear: bool = False):
+                 linear: bool = False, gated: float | None = None):
         super().__init__()
         if linear and causal:
             raise ShapeError("linear attention is over all tokens, got causal=True; choose causal=False")
         self.width, self.heads, self.causal, self.qk_norm, self.linear = width, dividing(width, heads), causal, qk_norm, linear
         self.ln1, self.ln2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.wo = Gated(width, width, gated) if gated else nn.Linear(width, width, bias=False)
         self.w1 = nn.Linear(width, expansion * width, bias=False)
-        self.w2 = nn.Linear(expansion * width, width, bias=False)
+        self.w2 = Gated(expansion * width, width, gated) if gated else nn.Linear(expansion * width, width, bias=False)
         for layer, scale in ((self.qkv, 1.0), (self.wo, init), (self.w1, 1.0), (self.w2, init)):
             nn.init.normal_(layer.weight, std=scale / math.sqrt(layer.in_features))
 
@@ -74,7 +88,7 @@ class Sublayers(nn.Module):
 class Prefix:
     """Keys and values of settled tokens: all that the tokens after them see of the past in a causal block."""
 
-    def __init__(self, layers: Sublayers, decay: float):
+    def __init__(self, layers: Sublayers, decay: float | Tensor):
         self.layers, self.decay = layers, decay
         self.past: tuple[Tensor, Tensor] | None = None  # keys and values, (..., H, settled, D) each
 

@@ -6,7 +6,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .attention import AttentionSlope, Kept, attention_slope
-from .functions import gelu, gelu_slope, outer, positions, standardise, standardise_slope
+from .functions import contracted, gelu, gelu_slope, matrix, outer, positions, standardise, standardise_slope
 from .layers import Sublayers
 
 
@@ -22,13 +22,13 @@ class NetworkSlope(Kept):
         return self.layers.w2(self.layers.w1(da) * self.slope)
 
     def _backward(self, u: Tensor) -> Tensor:
-        return (u @ self.layers.w2.weight).mul_(self.slope)
+        return (u @ matrix(self.layers.w2)).mul_(self.slope)
 
     def transposed(self, u: Tensor) -> Tensor:
         return self._back(u) @ self.layers.w1.weight
 
     def contract(self, u: Tensor, a: Tensor) -> dict[str, Tensor]:
-        return {"w1.weight": outer(self._back(u), a), "w2.weight": outer(u, gelu(self.hidden))}
+        return {"w1.weight": outer(self._back(u), a)} | contracted("w2", self.layers.w2, outer(u, gelu(self.hidden)))
 
 
 class Normalised:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..config import configuration
+from ..dynamics import LinearInKernel
 from ..estimators import BACKWARD, FORCE, LINEARISATION, PRODUCT, Problem
 from ..solvers import norm
 from .base import KEPT, Outcome, Penalty, Products, Strength, compressed, counted, leading, of_samples, unit
@@ -126,6 +127,8 @@ class ContractionRate(Penalty):
             return leading(problem, step, self.products, self.probes), None
         move = jacobian.token_product if tokens else jacobian.product
         probe = problem.force(problem.state)
+        if tokens and isinstance(jacobian, LinearInKernel):
+            return jacobian.token_probe(probe, step, self.products)
         for _ in range(self.products):
             probe = unit(probe + step * move(probe), tokens)
         return probe, probe + step * move(probe) if tokens else None
@@ -166,12 +169,13 @@ def _locally(problem: Problem, above: Tensor, token: Tensor, u: Tensor, v: Tenso
     and at z* - eps v: quantities local to each weight, as in the read-out of the two nudged states, and no graph. Where one
     token moves, the others feel it only as tokens after it, of which u sees none.
     """
-    z, x, rows = problem.state[above], problem.x[above], torch.arange(len(token))
+    seen = int(token.max()) + 1  # what comes after the tokens does not reach them
+    z, x, rows = problem.state[above, :seen], problem.x[above, :seen], torch.arange(len(token))
     eps = torch.finfo(z.dtype).eps ** (1 / 3) * z[rows, token].norm(dim=-1, keepdim=True)  # where truncation meets rounding
     away, along = torch.zeros_like(z), torch.zeros_like(z)
     away[rows, token], along[rows, token] = eps * v, u / (2 * eps)
     jacobian = problem.dynamics.linearise(torch.cat([z + away, z - away]), torch.cat([x, x]))
     grads = problem.named(jacobian.contract(torch.cat([along, -along]))[0])
     trained = {name for name, value in problem.model.named_parameters() if value.requires_grad}
-    cost = 2 * (LINEARISATION + BACKWARD) * len(token) / len(above)
+    cost = 2 * (LINEARISATION + BACKWARD) * z.shape[:2].numel() / problem.state.shape[:2].numel()
     return {name: value for name, value in grads.items() if name in trained}, cost

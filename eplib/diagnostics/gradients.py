@@ -26,7 +26,7 @@ def groups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         owner, _, rest = RENAMED.sub("", name).partition(".")
         path = [owner, *rest.split(".")] if owner == "block" else [owner]
-        leaf = path[-2] if path[-1] in ("weight", "bias") else path[-1]
+        leaf = path[-2] if path[-1] in ("weight", "bias", "gate") else path[-1]
         if owner == "block" and leaf in ("qkv", "qk") and value.shape[0] % len(leaf) == 0:
             for group, rows in zip(("Wq", "Wk", "Wv"), value.chunk(len(leaf)), strict=False):
                 parts.setdefault(group, []).append(rows.flatten())

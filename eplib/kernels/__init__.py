@@ -2,7 +2,7 @@
 
 `python -m eplib.kernels` builds it where a C++ compiler is at hand (set-up does so); `backend="compiled"` uses it. The PyTorch
 path is the reference: forces and products agree with it to float32 rounding, settled states to the solver's tolerance. The
-kernel is float32, on CPU, for real states and without qk_norm; anything else is refused, never computed in another way.
+kernel is float32, on CPU, for real states; anything else is refused, never computed in another way.
 """
 
 from .block import CompiledBlock, knows, unknown

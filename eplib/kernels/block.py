@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Dynamical, EquilibriumBlock
-from ..calculus import Sublayers, writes
+from ..calculus import Sublayers, matrix, writes
 from ..dynamics import projection
 from ..intact import bare
 from ..solvers import Solution, Solver
@@ -20,7 +20,7 @@ MULTIPLE, HEAD = 16, 4  # of which the width, and the width of a head, are multi
 def unknown(block: Any) -> str | None:
     """Why the kernel does not compute a block, in words; None if it does."""
     if not isinstance(block, EquilibriumBlock):
-        return "it knows blocks.Thick without qk_norm, blocks.Attractor, and blocks.LinearAttention, asymmetric"
+        return "it knows blocks.Thick, blocks.Attractor, and blocks.LinearAttention, asymmetric"
     if reason := block.altered():
         return reason
     if type(block).start is not Dynamical.start or "start" in vars(block):
@@ -28,8 +28,6 @@ def unknown(block: Any) -> str | None:
     if projection(block):
         return "it holds its states in a set, by `project`"
     layers = block.layers
-    if layers.qk_norm:
-        return "qk_norm"
     hidden, width = layers.w1.weight.shape
     if width % MULTIPLE or hidden % MULTIPLE or width // layers.heads % HEAD:
         return f"width and hidden units are to be a multiple of {MULTIPLE}, the width of each head of {HEAD}; they are " \
@@ -40,14 +38,14 @@ def unknown(block: Any) -> str | None:
 def knows(block: Any, width: int, heads: int) -> bool:
     """Whether the kernel computes the block of this configuration, not of one derived from it, at this width and number of
     heads."""
-    known = (block.kind == "LinearAttention" and not block.symmetric) or (
-        block.kind in ("Thick", "Attractor") and not block.qk_norm)  # names that only eplib's own have
+    known = block.kind in ("Thick", "Attractor") or (
+        block.kind == "LinearAttention" and not block.symmetric)  # names that only eplib's own have
     return known and width % MULTIPLE == 0 and width // heads % HEAD == 0
 
 
 def weights_of(layers: Sublayers) -> list[Tensor]:
-    """The weights in the kernel's order."""
-    weights = [getattr(layers, name).weight for name in ("qkv", "wo", "w1", "w2")]
+    """What the kernel packs, in its order."""
+    weights = [matrix(getattr(layers, name)) for name in ("qkv", "wo", "w1", "w2")]
     weights += [value for norm in (layers.ln1, layers.ln2) for value in (norm.weight, norm.bias)]
     return weights
 
@@ -69,15 +67,16 @@ class CompiledBlock:
         self.settled: tuple[Held, Storage, Tensor, Held] | None = None
         layers = self.block.layers
         self.library, self.width, self.hidden = library(), layers.width, layers.w1.out_features
-        self.weights = weights_of(layers)
-        self.written = writes(self.weights)
-        weights = [plain(value.detach()) for value in self.weights]
+        self.held = self.block.weights()  # so that no other tensor takes their place in memory
+        self.written = writes(self.held)
+        weights = [plain(value.detach()) for value in weights_of(layers)]
+        self.decay = plain((self.block.decay + torch.zeros(self.width)).detach())
         self.packed = torch.empty(self.library.eplib_packed(self.width, self.hidden))
         self.library.eplib_pack(self.width, self.hidden, *map(pointer, weights), pointer(self.packed))
 
     def check(self, *states: Tensor) -> None:
         """Raises `KernelError` where the weights are others than those that were packed, or states do not fit them."""
-        if writes(weights_of(self.block.layers)) != self.written:
+        if writes(self.block.weights()) != self.written:
             raise KernelError("the block's weights have changed since the kernel took them; ask for the model's dynamics again")
         for z in states:
             if z.dim() < 2 or z.shape[-1] != self.width or z.shape[-2:] != states[0].shape[-2:]:

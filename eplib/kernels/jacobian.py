@@ -1,10 +1,12 @@
 """J at a state, by the kernel."""
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..calculus import contracted, positions
 from ..solvers import Solution, Solver
 from .compile import KernelError
 from .storage import OUTCOME, Held, Storage, plain, pointer, settings, shared, solution
@@ -19,6 +21,7 @@ class CompiledJacobian:
     def __init__(self, compiled: "CompiledBlock", cache: Storage, z: Tensor):
         self.compiled, self.cache, self.columns = compiled, cache, 3 * compiled.width + compiled.hidden
         self.at, self.by_token = z.shape, compiled.block.layers.causal
+        self.z = None if compiled.block.log_damping is None else z  # in which the decay's gradient is
         self.solved: tuple[Held, Tensor] | None = None  # an adjoint state, and the derivatives behind its last product
 
     def _along(self, v: Tensor, several: bool = True) -> tuple[Tensor, int]:
@@ -41,6 +44,14 @@ class CompiledJacobian:
 
     def token_product(self, v: Tensor) -> Tensor:
         return self.product(v, own=True)
+
+    def token_probe(self, v: Tensor, step: float, products: int) -> tuple[Tensor, Tensor]:
+        probe = self._along(v, several=False)[0].clone()
+        moved = torch.empty_like(probe)
+        self.compiled.library.eplib_probe(
+            self.cache.shape, pointer(self.compiled.packed), self.cache.pointers, self.cache.samples, ctypes.c_float(step),
+            products, pointer(probe), pointer(moved), torch.get_num_threads())
+        return probe, moved
 
     def transposed(self, u: Tensor) -> Tensor:
         return self._back(u)[0]
@@ -84,7 +95,10 @@ class CompiledJacobian:
             found |= {f"layers.{norm}.weight": (weight * into[part]).sum(0), f"layers.{norm}.bias": sums[part] @ weight,
                       f"layers.{layer}.weight": into[part] * gain + torch.outer(sums[part], bias)}
         out = self._outer(plain(u).flatten(0, -2), self.cache.out)
-        return found | {"layers.wo.weight": out[:, :width], "layers.w2.weight": out[:, width:]}, u
+        found |= contracted("layers.wo", layers.wo, out[:, :width]) | contracted("layers.w2", layers.w2, out[:, width:])
+        if self.z is not None:
+            found["log_damping"] = (1 - self.compiled.decay) * positions(u * self.z)
+        return found, u
 
     def _outer(self, a: Tensor, b: Tensor) -> Tensor:
         """Sum over all positions of a b^T: (N, n), (N, m) -> (n, m)."""

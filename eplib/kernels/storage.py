@@ -16,18 +16,19 @@ if TYPE_CHECKING:
     from .block import CompiledBlock
 
 MEMORY = 16  # of Anderson, at most
+SHAPES = 8  # of states of which memory is kept
 CHUNK = 2  # tokens that are settled together, where the solver leaves it open
 OUTCOME = 6  # of each sample: squares, allowed, rate (float), evaluations, fallbacks, diverged (int)
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "width", "heads", "hidden", "causal", "linear")] + [
-        ("decay", ctypes.c_float)]
+    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "width", "heads", "hidden", "causal", "linear", "qk_norm")] + [
+        ("decay", ctypes.c_void_p)]
 
 
 class Cache(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("n", "inverse", "q", "k", "v", "k_tiles", "v_tiles", "weights", "share",
-                                                     "out", "slope")]
+                                                     "out", "slope", "rms")]
 
 
 class Settings(ctypes.Structure):
@@ -66,8 +67,8 @@ def shared(few: tuple[int, ...], many: tuple[int, ...]) -> bool:
 
 
 class Storage:
-    """What the kernel keeps at states (..., T, C). Memory goes back to `spare` and is used again by the next of the same shape:
-    fresh pages would cost as much as the force."""
+    """What the kernel keeps at states (..., T, C). Memory goes back to `spare` and is used again by the next of the same shape,
+    of the `SHAPES` that were used last: fresh pages would cost as much as the force."""
 
     spare: ClassVar[dict[tuple, list[list[Tensor]]]] = {}
 
@@ -76,14 +77,16 @@ class Storage:
         self.samples, padded = z.shape[:-2].numel(), compiled.library.eplib_padded(tokens)
         heads, width, hidden, rows = layers.heads, compiled.width, compiled.hidden, self.samples * tokens
         sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, rows * heads * padded,
-                 rows * heads, rows * (width + hidden), rows * hidden)
-        kept = self.spare.setdefault(sizes, [])
+                 rows * heads, rows * (width + hidden), rows * hidden, 2 * rows * heads * layers.qk_norm)
+        kept = self.spare[sizes] = self.spare.pop(sizes, [])
+        if len(self.spare) > SHAPES:
+            del self.spare[next(iter(self.spare))]
         self.parts = kept.pop() if kept else [torch.empty(size) for size in sizes]
         weakref.finalize(self, kept.append, self.parts).atexit = False
         self.n, self.out = self.parts[0].view(rows, width), self.parts[9].view(rows, width + hidden)
         self.pointers = ctypes.byref(Cache(*(part.data_ptr() for part in self.parts)))
         self.shape = ctypes.byref(Shape(tokens, width, heads, hidden, int(layers.causal),
-                                         int(layers.linear), 1 + compiled.block.damping))
+                                         int(layers.linear), int(layers.qk_norm), compiled.decay.data_ptr()))
 
 
 def settings(solver: Solver, z: Tensor) -> Any:

@@ -4,8 +4,9 @@
 //
 //     (q, k, v, h) = In n + bias        F = x - decay z + Out (attention(q, k, v), gelu(h))
 //
-// and so does each product with J or its transpose. Attention is softmax attention, or linear attention over all tokens: with
-// features phi(h) = elu(h) + 1 of queries and keys its weights are phi(q) phi(k), shared out. Tokens are the rows of small matrices whose products run in registers.
+// and so does each product with J or its transpose. Gates are folded into Out, the decay is one number a channel. Attention is
+// softmax attention, of queries and keys over their root mean square where `qk_norm` says so, or linear attention over all
+// tokens: with features phi(h) = elu(h) + 1 of queries and keys its weights are phi(q) phi(k), shared out. Tokens are the rows of small matrices whose products run in registers.
 // `Free` and `Adjoint` solve by substitution: a unit of `chunk` tokens is taken to its fixed point by Anderson's method with
 // everything it depends on already settled, tokens before it in the free phase, tokens after it in the adjoint. A non-causal
 // block is one unit; without memory the method is plain relaxation. Every row is summed in the same order whatever its neighbours, so results do not depend on threads.
@@ -13,9 +14,11 @@
 // Vectors are the compiler's own (vector_size), as wide as the target it compiles for.
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -35,6 +38,7 @@ constexpr int MEMORY = 16;            // most differences that Anderson keeps
 constexpr float STALL = 10;          // residual over its lowest at which acceleration is given up
 constexpr float GROWTH = 1e3f;       // a state or residual this many times its scale has diverged
 constexpr int ROWS = 24;             // rows of a product that are computed together
+constexpr int HELD = LANES == 16 ? 8 : 6;  // rows of two vectors whose sums are held in registers; AVX-512 has 32 of them
 constexpr int DEPTH = 256;           // terms of a product that are summed in registers at once
 
 static int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -42,25 +46,45 @@ static vec &at(float *p) { return *reinterpret_cast<vec *>(p); }
 static const vec &at(const float *p) { return *reinterpret_cast<const vec *>(p); }
 static vec all(float a) { return vec{} + a; }
 
-static float total(vec a) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += a[i];
-    return sum;
+// The numbers of a vector put together, one half with the other.
+template <int N>
+struct Part {
+    typedef float type __attribute__((vector_size(4 * N)));
+};
+
+template <int N, class Join>
+static inline float joined(typename Part<N>::type a, Join join) {
+    if constexpr (N == 1) {
+        return a[0];
+    } else {
+        typename Part<N / 2>::type low, high;
+        std::memcpy(&low, &a, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char *>(&a) + sizeof low, sizeof high);
+        return joined<N / 2>(join(low, high), join);
+    }
+}
+
+static float total(vec a) { return joined<LANES>(a, [](auto one, auto other) { return one + other; }); }
+static float largest(vec a) { return joined<LANES>(a, [](auto one, auto other) { return one > other ? one : other; }); }
+
+// sum of terms(i) for i < n, by vectors and, at the end, by numbers: two sums, since each waits for its last addition
+template <class Vectors, class Numbers>
+static inline float gathered(int n, Vectors vectors, Numbers numbers) {
+    vec even{}, odd{};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) even += vectors(i), odd += vectors(i + LANES);
+    if (i + LANES <= n) even += vectors(i), i += LANES;
+    float rest = 0;
+    for (; i < n; i++) rest += numbers(i);
+    return total(even + odd) + rest;
 }
 
 static float dot(int n, const float *a, const float *b) {
-    vec sum{};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) sum += at(a + i) * at(b + i);
-    float rest = 0;
-    for (; i < n; i++) rest += a[i] * b[i];
-    return total(sum) + rest;
+    return gathered(n, [&](int i) { return at(a + i) * at(b + i); }, [&](int i) { return a[i] * b[i]; });
 }
 
 static float sum(int n, const float *a) {
-    vec sums{};
-    for (int i = 0; i < n; i += LANES) sums += at(a + i);
-    return total(sums);
+    return gathered(n, [&](int i) { return at(a + i); }, [&](int i) { return a[i]; });
 }
 
 static void axpy(int n, float a, const float *x, float *y) {
@@ -92,20 +116,33 @@ static vec exponential(vec x) {
 // elu(h) + 1, whose slope is the smaller of itself and 1
 static vec feature(vec h) { return h > 0.f ? h + 1.f : exponential(h); }
 
-static vec gate(vec h) { return 1.f / (1.f + exponential(-(h * h * CUBIC + SCALE) * h)); }
+// 1 / a for a >= 1 to 2 units in the last place: Newton's method from a twentieth off, which the bits of a give; a division
+// takes four times as long.
+static vec reciprocal(vec a) {
+    ints bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    bits = 0x7ef127ea - bits;
+    vec found;
+    std::memcpy(&found, &bits, sizeof found);
+    for (int i = 0; i < 3; i++) found *= 2.f - a * found;
+    return found;
+}
+
+static vec gate(vec h) { return reciprocal(1.f + exponential(-(h * h * CUBIC + SCALE) * h)); }
 
 // The shape of the block; mirrored by ctypes.
 struct Shape {
-    int tokens, width, heads, hidden, causal, linear;
-    float decay;
+    int tokens, width, heads, hidden, causal, linear, qk_norm;
+    const float *decay;  // (C)
 };
 
 // What a linearisation keeps of each sample, (samples, ...): n (T, C), 1 / sigma (T), queries, keys and values (H, T, D), keys
 // and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T) and one over
 // their sum before they were shared out (H, T), the input of `Out` (T, C + E): attention and gelu(h), and the slope of gelu
-// (T, E), which holds h itself until the unit is settled. Of linear attention q and k are the features.
+// (T, E), which holds h itself until the unit is settled. Of linear attention q and k are the features; with qk_norm they are
+// normalised, and 1 / rms of the query and of the key (H, T, 2) is kept.
 struct Cache {
-    float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *share, *out, *slope;
+    float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *share, *out, *slope, *rms;
 };
 
 struct Solver {
@@ -152,9 +189,9 @@ static void multiply(int rows, int inner, int columns, const float *const *x, co
                 float *to = y + j * PANEL;
                 const int both = std::min(2, panels - j);
                 int r = top;
-                for (; r + 6 <= end; r += 6)
+                for (; r + HELD <= end; r += HELD)
                     for (int q = 0; q < both; q++)
-                        block<6, 1>(begin, stop, x + r, panel + q * apart, apart, to + r * wide + q * PANEL, wide);
+                        block<HELD, 1>(begin, stop, x + r, panel + q * apart, apart, to + r * wide + q * PANEL, wide);
                 for (; r + 2 <= end && both == 2; r += 2) block<2, 2>(begin, stop, x + r, panel, apart, to + r * wide, wide);
                 for (; r < end && both == 2; r++) block<1, 2>(begin, stop, x + r, panel, apart, to + r * wide, wide);
                 for (; r < end; r++) block<1, 1>(begin, stop, x + r, panel, apart, to + r * wide, wide);
@@ -162,13 +199,13 @@ static void multiply(int rows, int inner, int columns, const float *const *x, co
         }
 }
 
-// to (R rows, a panel) += sum over k < count of a_k b_k^T, a_k the R numbers from a + k * lda, b packed.
+// to (R rows, a panel) += sum over k < count of a_k b_k^T, both packed.
 template <int R>
-static inline void outer(int count, const float *a, int lda, const float *b, float *to, int ldt) {
+static inline void outer(int count, const float *a, const float *b, float *to, int ldt) {
     vec sum[R][2];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < 2; v++) sum[r][v] = at(to + r * ldt + v * LANES);
-    for (int k = 0; k < count; k++, a += lda, b += PANEL)
+    for (int k = 0; k < count; k++, a += R, b += PANEL)
         for (int r = 0; r < R; r++)
             for (int v = 0; v < 2; v++) sum[r][v] += a[r] * at(b + v * LANES);
     for (int r = 0; r < R; r++)
@@ -180,16 +217,23 @@ static inline void outer(int count, const float *a, int lda, const float *b, flo
 static void outer_products(int count, int A, int B, const float *a, const float *b, int begin, int end, float *to) {
     constexpr int TERMS = 128;
     const int wide = padded(B);
-    std::vector<float> panel(TERMS * PANEL);
+    std::vector<float> panel(TERMS * PANEL), stripe(TERMS * (end - begin));
+    auto strips = [&](auto work) {  // work(row, rows at once, where they are packed)
+        int r = begin;
+        for (; r + HELD <= end; r += HELD) work(r, std::integral_constant<int, HELD>(), &stripe[(r - begin) * TERMS]);
+        for (; r < end; r++) work(r, std::integral_constant<int, 1>(), &stripe[(r - begin) * TERMS]);
+    };
     std::fill(to + size_t(begin) * wide, to + size_t(end) * wide, 0.f);
     for (int k = 0; k < count; k += TERMS) {
         const int terms = std::min(TERMS, count - k);
+        strips([&](int r, auto rows, float *to) {
+            for (int i = 0; i < terms; i++) std::copy_n(a + size_t(k + i) * A + r, rows(), to + i * rows());
+        });
         for (int j = 0; j < wide; j += PANEL) {
             for (int i = 0; i < terms; i++) std::copy_n(b + size_t(k + i) * B + j, std::min(PANEL, B - j), &panel[i * PANEL]);
-            int r = begin;
-            for (; r + 6 <= end; r += 6)
-                outer<6>(terms, a + size_t(k) * A + r, A, panel.data(), to + size_t(r) * wide + j, wide);
-            for (; r < end; r++) outer<1>(terms, a + size_t(k) * A + r, A, panel.data(), to + size_t(r) * wide + j, wide);
+            strips([&](int r, auto rows, const float *packed) {
+                outer<rows()>(terms, packed, panel.data(), to + size_t(r) * wide + j, wide);
+            });
         }
     }
 }
@@ -234,11 +278,17 @@ static void parallel(int threads, Work work) {
 // allows.
 template <int V>
 static void mix(int count, const float *weight, int step, const float *row, int stride, float *to) {
-    vec sum[V];
-    for (auto &lane : sum) lane = vec{};
-    for (int s = 0; s < count; s++, row += stride, weight += step)
-        for (int v = 0; v < V; v++) sum[v] += *weight * at(row + v * LANES);
-    for (int v = 0; v < V; v++) at(to + v * LANES) = sum[v];
+    vec even[V], odd[V];  // two sums, since each waits for its last addition
+    for (int v = 0; v < V; v++) even[v] = odd[v] = vec{};
+    int s = 0;
+    for (; s + 2 <= count; s += 2, row += 2 * stride, weight += 2 * step)
+        for (int v = 0; v < V; v++) {
+            even[v] += weight[0] * at(row + v * LANES);
+            odd[v] += weight[step] * at(row + stride + v * LANES);
+        }
+    if (s < count)
+        for (int v = 0; v < V; v++) even[v] += *weight * at(row + v * LANES);
+    for (int v = 0; v < V; v++) at(to + v * LANES) = even[v] + odd[v];
 }
 
 static void mixture(int count, int size, const float *weight, int step, const float *row, int stride, float *to) {
@@ -252,22 +302,24 @@ static void mixture(int count, int size, const float *weight, int step, const fl
     for (int s = 0; s < count; s++) axpy(size, weight[s * step], row + s * stride, to);
 }
 
-// row_s += weight_s * a for s < count, rows of `size` numbers `stride` apart.
+// row_s += weight_s * a + weight'_s * a' for s < count, rows of `size` numbers `stride` apart.
 template <int V>
-static void spread_in_registers(int count, const float *weight, const float *a, float *row, int stride) {
-    vec held[V];
-    for (int v = 0; v < V; v++) held[v] = at(a + v * LANES);
+static void spread_in_registers(int count, const float *weight, const float *a, const float *weight_2, const float *a_2,
+                                float *row, int stride) {
+    vec held[V], held_2[V];
+    for (int v = 0; v < V; v++) held[v] = at(a + v * LANES), held_2[v] = at(a_2 + v * LANES);
     for (int s = 0; s < count; s++, row += stride)
-        for (int v = 0; v < V; v++) at(row + v * LANES) += weight[s] * held[v];
+        for (int v = 0; v < V; v++) at(row + v * LANES) += weight[s] * held[v] + weight_2[s] * held_2[v];
 }
 
-static void spread(int count, int size, const float *weight, const float *a, float *row, int stride) {
+static void spread(int count, int size, const float *weight, const float *a, const float *weight_2, const float *a_2, float *row,
+                   int stride) {
     switch (size % LANES ? 0 : size / LANES) {
-        case 1: return spread_in_registers<1>(count, weight, a, row, stride);
-        case 2: return spread_in_registers<2>(count, weight, a, row, stride);
-        case 4: return spread_in_registers<4>(count, weight, a, row, stride);
+        case 1: return spread_in_registers<1>(count, weight, a, weight_2, a_2, row, stride);
+        case 2: return spread_in_registers<2>(count, weight, a, weight_2, a_2, row, stride);
+        case 4: return spread_in_registers<4>(count, weight, a, weight_2, a_2, row, stride);
     }
-    for (int s = 0; s < count; s++) axpy(size, weight[s], a, row + s * stride);
+    for (int s = 0; s < count; s++, row += stride) axpy(size, weight[s], a, row), axpy(size, weight_2[s], a_2, row);
 }
 
 // sum over d < size of a_d * tile_d for all s < count, rounded up to whole tiles; size is a multiple of 4.
@@ -338,8 +390,16 @@ struct Pass {
     // What the scores of a query do to its weights w, but for what they all lose to the sum.
     vec growth(Row r, int h, const float *w) const { return s.linear ? all(cache.share[query(r, h)]) : at(w) * root; }
 
-    // From a change of queries and keys (2 C) to that of their features, or back.
+    // From a change of queries and keys (2 C) to that of their features or of what is normalised, or back.
     void through_features(Row r, float *to) const {
+        if (s.qk_norm)
+            for (int h = 0; h < H; h++)
+                for (int part = 0; part < 2; part++) {
+                    const float *n = (part ? cache.k : cache.q) + row(r, h), inverse = cache.rms[2 * query(r, h) + part];
+                    float *change = to + part * C + h * D;
+                    const float along = dot(D, n, change) / D;
+                    for (int d = 0; d < D; d++) change[d] = inverse * (change[d] - n[d] * along);
+                }
         if (!s.linear) return;
         for (int h = 0; h < H; h++)
             for (int d = 0; d < D; d++) {
@@ -373,6 +433,11 @@ struct Pass {
             for (int j = 0; j < 3 * C; j++) y[j] += p.bias[j];
             if (s.linear)
                 for (int j = 0; j < 2 * C; j += LANES) at(y + j) = feature(at(y + j));
+            for (int j = 0; j < 2 * H && s.qk_norm; j++) {
+                float *one = y + j * D, &inverse = cache.rms[2 * query(rows[i], j % H) + j / H];
+                inverse = 1 / std::sqrt(dot(D, one, one) / D + EPS);
+                for (int d = 0; d < D; d++) one[d] *= inverse;
+            }
             for (int h = 0; h < H; h++) {
                 const size_t to = row(rows[i], h);
                 std::copy_n(y + h * D, D, cache.q + to);
@@ -400,10 +465,9 @@ struct Pass {
             } else {
                 vec most = at(w);
                 for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
-                float top = most[0];
-                for (int j = 1; j < LANES; j++) top = std::max(top, most[j]);
+                const float top = largest(most);
                 for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
-                for (int j = count; j < end; j++) sum[j % LANES] -= w[j], w[j] = 0;
+                for (int j = count; j < end; j++) w[j] = 0;  // e^-80 in a sum of at least 1 is nothing
             }
             const float share = cache.share[query(r, h)] = 1 / total(sum);
             for (int j = 0; j < end; j += LANES) at(w + j) *= share;
@@ -413,7 +477,7 @@ struct Pass {
         multiply(R, C + E, C, x.data(), p.out, narrow.data());
         for (int i = 0; i < R; i++) {
             const float *z = state(i), *drive = clamp(i), *moved = &narrow[size_t(i) * CP];
-            for (int j = 0; j < C; j++) push[i * C + j] = drive[j] - s.decay * z[j] + moved[j];
+            for (int j = 0; j < C; j++) push[i * C + j] = drive[j] - s.decay[j] * z[j] + moved[j];
         }
     }
 
@@ -474,11 +538,12 @@ struct Pass {
             const float *from = u(i);
             float *to = &push[i * C];
             normalise_slope(&narrow[size_t(i) * CP], cache.n + at * C, cache.inverse[at], to);
-            for (int j = 0; j < C; j++) to[j] -= s.decay * from[j];
+            for (int j = 0; j < C; j++) to[j] -= s.decay[j] * from[j];
         }
     }
 
-    // J v of rows that make whole samples, v(i) (C), into `push`. own: of each row's token alone, J_tt v_t, the others held.
+    // J v of rows that make whole samples, v(i) (C), into `push`. own: of each row's token alone, J_tt v_t, the others held; any
+    // rows then.
     template <bool own, class State>
     void product(const std::vector<Row> &rows, State v) {
         const int R = rows.size(), NP = padded(N), CP = padded(C);
@@ -493,11 +558,12 @@ struct Pass {
         for (int i = 0; i < R; i++) {
             const Row r = rows[i];
             const int start = i - r.token;
-            if (i == start)  // the changes of the sample's keys
+            if (own) through_features(r, &wide[size_t(i) * NP]);
+            else if (i == start)  // the changes of the sample's keys
                 for (int t = 0; t < T; t++) {
                     float *y = &wide[size_t(start + t) * NP];
                     through_features({r.sample, t}, y);
-                    for (int h = 0; h < H && !own; h++) tile({0, t}, h, y + C + h * D, turned.data());
+                    for (int h = 0; h < H; h++) tile({0, t}, h, y + C + h * D, turned.data());
                 }
             const float *y = &wide[size_t(i) * NP], *slope = cache.slope + place(r) * E;
             const float *out = cache.out + place(r) * (C + E);
@@ -506,13 +572,13 @@ struct Pass {
             x[i] = to;
             for (int h = 0; h < H; h++) {
                 const float *w = weight(r, h);
-                float *ds = slopes.data(), sum = 0;
+                float *ds = slopes.data();
                 scores(count, D, y + h * D, cache.k_tiles + tiles(r.sample, h), ds);
                 if (own) ds[r.token] += dot(D, cache.q + row(r, h), y + C + h * D);  // no key moves but its own
                 else scores(count, D, cache.q + row(r, h), &turned[tiles(0, h)], other.data());
                 for (int j = 0; j < count; j += LANES)
                     at(ds + j) = growth(r, h, w + j) * (own ? at(ds + j) : at(ds + j) + at(&other[j]));
-                for (int j = 0; j < count; j++) sum += ds[j];
+                const float sum = ::sum(count, ds);
                 mixture(count, D, ds, 1, cache.v + row({r.sample, 0}, h), D, to + h * D);
                 if (own) mixture(1, D, w + r.token, 1, y + 2 * C + h * D, D, other.data());
                 else mixture(count, D, w, 1, &wide[size_t(start) * NP + 2 * C + h * D], NP, other.data());
@@ -522,7 +588,7 @@ struct Pass {
         }
         multiply(R, C + E, C, x.data(), p.out, narrow.data());
         for (int i = 0; i < R; i++)
-            for (int j = 0; j < C; j++) push[i * C + j] = narrow[size_t(i) * CP + j] - s.decay * v(i)[j];
+            for (int j = 0; j < C; j++) push[i * C + j] = narrow[size_t(i) * CP + j] - s.decay[j] * v(i)[j];
     }
 };
 
@@ -631,14 +697,16 @@ struct Adjoint {
     void settle(Pass &pass, const std::vector<Pass::Row> &rows, int begin, int end) const {
         if (!pass.s.causal) return;
         const int C = pass.C, D = pass.D, before = rows[begin].token;
-        for (int i = begin; i < end; i++)
+        const float *none = Pass::kept<4>(D).data();  // zeros
+        for (int i = begin; i < end; i += 2)  // two rows at once: what they are added to is read and written once
             for (int h = 0; h < pass.H; h++) {
-                const float *ds = &pass.slopes[(size_t(h) * rows.size() + i) * pass.TP], *w = pass.weight(rows[i], h);
-                const float *q = pass.cache.q + pass.row(rows[i], h);
-                const float *drawn = &pass.wide[size_t(i) * padded(C + pass.E)] + h * D;
+                const int j = i + 1 < end ? i + 1 : i;
+                auto ds = [&](int k) { return &pass.slopes[(size_t(h) * rows.size() + k) * pass.TP]; };
+                auto q = [&](int k) { return pass.cache.q + pass.row(rows[k], h); };
+                auto drawn = [&](int k) { return &pass.wide[size_t(k) * padded(C + pass.E)] + h * D; };
                 float *to = sent + size_t(rows[i].sample) * pass.T * 2 * C + h * D;
-                spread(before, D, ds, q, to, 2 * C);
-                spread(before, D, w, drawn, to + C, 2 * C);
+                spread(before, D, ds(i), q(i), ds(j), j > i ? q(j) : none, to, 2 * C);
+                spread(before, D, pass.weight(rows[i], h), drawn(i), pass.weight(rows[j], h), j > i ? drawn(j) : none, to + C, 2 * C);
             }
     }
 };
@@ -824,6 +892,34 @@ void eplib_product(const Shape *s, const float *packed, const Cache *cache, int 
     });
 }
 
+// Every token's probe v (samples, T, C), refined by so many products v <- (I + step J_tt) v scaled to norm 1, and what one more
+// makes of it, in `moved`. A few tokens at a time, so that what is kept of them stays in the fast caches from product to product.
+void eplib_probe(const Shape *s, const float *packed, const Cache *cache, int samples, float step, int products, float *v,
+                 float *moved, int threads) {
+    const int C = s->width, all = samples * s->tokens, groups = (all + ROWS - 1) / ROWS;
+    const Packed p(*s, packed);
+    std::atomic<int> next{0};
+    parallel(std::max(1, std::min(threads, groups)), [&] {
+        Pass pass(*s, p, *cache, ROWS);
+        std::vector<Pass::Row> rows;
+        for (int g; (g = next++) < groups;) {
+            rows.clear();
+            for (int at = g * ROWS; at < std::min(all, (g + 1) * ROWS); at++) rows.push_back({at / s->tokens, at % s->tokens});
+            float *from = v + size_t(g) * ROWS * C, *last = moved + size_t(g) * ROWS * C;
+            for (int k = 0; k <= products; k++) {
+                pass.product<true>(rows, [&](int i) { return from + size_t(i) * C; });
+                float *to = k < products ? from : last;
+                for (size_t i = 0; i < rows.size() * C; i++) to[i] = from[i] + step * pass.push[i];
+                for (size_t i = 0; i < rows.size() && k < products; i++) {
+                    float *one = to + i * C;
+                    const float scale = 1 / std::max(std::sqrt(dot(C, one, one)), FLT_MIN);
+                    for (int j = 0; j < C; j++) one[j] *= scale;
+                }
+            }
+        }
+    });
+}
+
 void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, int samples, int repeat, const float *u,
                       float *back, float *to, int threads) {
     in_groups(*s, packed, *cache, samples, repeat, to, threads, [&](Pass &pass, const auto &rows, const auto &at) {
@@ -834,10 +930,11 @@ void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, i
 
 // to (A, padded B) = sum over k < count of a_k b_k^T, for a (count, A) and b (count, B): the read-out.
 void eplib_outer(int count, int A, int B, const float *a, const float *b, float *to, int threads) {
-    constexpr int STRIPE = 48;
+    threads = std::max(1, std::min(threads, A / HELD));
+    const int share = ((A + HELD - 1) / HELD + threads - 1) / threads * HELD;  // long pieces of the rows of a, which are read in order
     std::atomic<int> next{0};
-    parallel(std::max(1, std::min(threads, (A + STRIPE - 1) / STRIPE)), [&] {
-        for (int r; (r = STRIPE * next++) < A;) outer_products(count, A, B, a, b, r, std::min(A, r + STRIPE), to);
+    parallel(threads, [&] {
+        for (int r; (r = share * next++) < A;) outer_products(count, A, B, a, b, r, std::min(A, r + share), to);
     });
 }
 
