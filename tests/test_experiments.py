@@ -213,7 +213,8 @@ def test_the_settings_of_the_screen_tell_apart_arms_that_differ_in_more_than_the
     assert table[labels["token"]][1:5] == ["0.975", "0.25", "integrated", "apart"]
     assert table[labels["token_fixed"]][1:5] == ["0.975", "0.25", "200", "together"]
     assert table[labels["plane"]][1:5] == ["0.95", "0.5", "200", "together"]
-    assert table[labels["uncontrolled"]] == ["none", "-", "-", "-", "-", 0.5, 32, None]
+    assert table[labels["uncontrolled"]] == ["none", "-", "-", "-", "-", 0.5, 32, None, "-"]
+    assert table[labels["decayed"]][-1] == "damping 0.3, learned_damping" and table[labels["token_gated"]][-1] == "gated 1"
     assert table[labels["token_bptt"]][5] == 0.25 and table[labels["leading"]][1:3] == ["-0.3", "0.3"]
 
 

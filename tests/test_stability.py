@@ -122,3 +122,17 @@ def test_the_summary_does_not_depend_on_the_order_of_what_diverged_and_needs_no_
         assert found["controlled_rate"] == 0.9 and found["leading_rate"] is None
     nothing = stability.summary(stability.Groups([], [], [], []), config())
     assert nothing["steps"] is nothing["share_controlled_everywhere"] is nothing["controlled_rate"] is None
+
+
+def test_a_setting_without_a_recorded_run_stands_among_the_others_without_numbers():
+    def planned(arm, strength, seed=0):
+        penalty = SimpleNamespace(strength=strength)
+        return SimpleNamespace(arm=arm, seed=seed, steps=600, first=0, penalties=(penalty,), start=None,
+                               model=SimpleNamespace(explicit=False))
+
+    weak, strong, other, alone = planned("norm", 0.3), planned("norm", 3.0), planned("norm", 3.0, seed=1), planned("rate", 1.0)
+    done = run([-0.4, -0.2], [0.0, 0.0], config=strong)
+    done.metrics = {"final": {"loss": 2.1, "settled": 1.0}, "excursions": 1, "without_gradient": 2, "force_evaluations": 6000}
+    rows = stability.strengths([strong, other, alone, weak], [done])
+    assert [row[1:] for row in rows] == [[0.3, False, None, None, None, None, None, None],
+                                         [3.0, True, 2.1, "100", 1, 2, -0.2, 10.0]]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .. import plotting
+from ..config import sparse
 from ..runconfig import RunConfig
 from ..store import tables
 from ..store.comparisons import mean_loss
@@ -17,7 +18,8 @@ HELD = ("token", "token_two")  # one control, two ways to the gradient
 SEEN = {0}  # the seeds whose results were known when the claims were written
 COLUMNS = ["arm", "learning rate", "seeds", "validation loss", "settled (%)", "largest abscissa", "its frequency",
            "spectral radius", "excursions", "without gradient", "evaluations per step"]
-SETTINGS = ["arm", "controller", "held below", "at step", "strength", "clipped", "step of the phases", "steps at most", "gate"]
+SETTINGS = ["arm", "controller", "held below", "at step", "strength", "clipped", "step of the phases", "steps at most", "gate",
+            "block"]
 Arms = dict[str, list[Run]]
 
 
@@ -84,7 +86,13 @@ def _setting(config: RunConfig) -> list[Any]:
     most = solver.max_steps if config.estimator.equilibrium else getattr(config.estimator, "steps", None)
     parts = [_control(one, solver.step) for one in config.penalties] or [("none", "-", "-", "-")]
     return [*(" + ".join(words) for words in zip(*parts, strict=True)), config.optimiser.clipping if config.penalties else "-",
-            solver.step, most, config.gate]
+            solver.step, most, config.gate, _block(config)]
+
+
+def _block(config: RunConfig) -> str:
+    """What of the block is not as it is by default."""
+    options = sparse(getattr(config.model, "block", config.model)).items()
+    return ", ".join(name if value is True else f"{name} {value:g}" for name, value in options if name != "kind") or "-"
 
 
 def _control(penalty: Any, step: float) -> tuple[str, str, str, str]:

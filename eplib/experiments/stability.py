@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import plotting
 from ..evaluation import EXCURSION
 from ..runconfig import RunConfig
 from ..spectra import CONVERGED
@@ -18,6 +19,8 @@ from ..store.runs import Run
 CONTROLLED = "rate_pair"
 NAMES = {"uncontrolled": "uncontrolled", "controlled": CONTROLLED, "leading": "leading"}  # in the summary -> arm
 RESIDUAL_SHOWN = 1e-2
+STRENGTHS = ["controller", "strength", "recorded", "validation loss", "settled (%)", "excursions", "without gradient",
+             "largest abscissa", "evaluations per step"]
 UNCONVERGED = "Ritz values that had not converged at the right edge"
 
 
@@ -115,6 +118,26 @@ def standard_error(values: Iterable[float | None]) -> float | None:
     """Of the mean of those values that are finite; None for fewer than two."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+
+
+def strengths(planned: Iterable[RunConfig], runs: Sequence[Run]) -> list[list]:
+    """A row of `STRENGTHS` for each planned run of seed 0 under one penalty of a controller that has several strengths, by
+    controller and strength; a run that is not recorded has no numbers."""
+
+    def strength(config: Any) -> Any:
+        return getattr(config.penalties[0], "strength", None)
+
+    single = [config for config in planned if config.seed == 0 and len(config.penalties) == 1]
+    tried = {(config.arm, strength(config)) for config in single}
+    found = []
+    for config in single:
+        if sum(arm == config.arm for arm, _ in tried) > 1:
+            run = next((run for run in runs if run.config == config), None)
+            cells = [None] * 6 if run is None else [
+                run.metrics["final"]["loss"], tables.settled_cell([run]), run.metrics["excursions"],
+                tables.without_gradient(run), rightmost(run).abscissa, tables.evaluations_a_step([run])]
+            found.append([plotting.label(config.arm), strength(config), run is not None, *cells])
+    return sorted(found, key=lambda row: row[:2])
 
 
 @dataclass(frozen=True)
