@@ -27,6 +27,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths, pic
 from eplib.config import ConfigurationError
 from eplib.store.records import Store
 from eplib.training import RunConfig
+from pipelines import estimate
 from pipelines.common import command, processors
 from pipelines.jobs import Job, Part, log_of
 from pipelines.train import absent, awaits, check, chosen, keep_memory, parser_of_runs, place
@@ -63,7 +64,8 @@ class Sweep:
         left = [config for config in self.left if place(config) not in self.failed]
         self.left = [config for config in left if awaits(config, left) or not self.store.find(config)]
         held = {place(config) for config in self.left if self.store.holder(config)}
-        queued = {part.place for number, state in states.items() if state not in OVER for part in self.parts(number)} - held
+        queued = {part.place for number, state in states.items() if state not in OVER for part in self.parts(number)}
+        queued &= set(map(place, self.left)) - held
         ready = [config for config in self.left if place(config) not in held | queued and not awaits(config, self.left)]
         fresh = self.submit(ready)
         self.say(f"{len(self.left)} runs left: {len(held)} at work, {len(queued) + fresh} in the queue")
@@ -192,6 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store(options.profile)
         left = absent(store, wanted)
         print(f"{options.profile}: {len(wanted)} runs, {len(wanted) - len(left)} recorded, {len(left)} to train", flush=True)
+        if options.dry and left:
+            print(estimate.table(left, min(options.parallel * options.share, len(left)), options.profile, store.root))
         if options.dry or not left:
             return 0
         return sweep(options, store, left)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -262,3 +263,16 @@ def test_what_cannot_be_swept_is_refused_in_words(store, monkeypatch, capsys):
     for arguments, said in ((["--executor", "slurm"], "there is no sbatch here"), (["--share", "0"], "--share 0"),
                             (["--parallel", "0"], "at least one")):
         assert main(["--profile", "x", *arguments]) == 2 and said in capsys.readouterr().err
+
+
+def test_a_dry_sweep_says_how_long_it_takes_by_recorded_runs_and_submits_nothing(store, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.sweep.chosen", lambda *_: configurations("x", "tiny", store.root))
+    monkeypatch.setattr("pipelines.sweep.Store", lambda _: store)
+    run = store.run(configurations("x", "tiny", store.root)[1])  # other, of 3 steps
+    path = run.machine_folder / "machine.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"wall": 60.0}))
+    assert main(["--profile", "x", "--dry", "--parallel", "1"]) == 0
+    said = capsys.readouterr().out
+    # 3 steps of the origin and 1 of what goes on from it, at 20 seconds a step: 80 seconds
+    assert "x: 3 runs, 1 recorded, 2 to train" in said and re.search(r"train tiny: 2 runs +1\.3\n", said)
+    assert not (store.checkpoints / "jobs").exists()
