@@ -16,7 +16,7 @@ from eplib.files import HOST
 from eplib.models import Backend
 from eplib.profiles import configurations
 from eplib.sources import source_digest
-from eplib.store.leases import Held
+from eplib.store.leases import Held, Lost
 from eplib.store.records import Store
 from eplib.training import RunConfig
 from pipelines.train import place, work
@@ -78,8 +78,8 @@ class Job(Checkpointable):
                                         "call the sweep again, which submits it with today's")
                 work(self.profile, config, self.root, self.device, self.backend, show=_now_and_then())
                 _say("recorded")
-            except Held as other:
-                _say(f"left to {other}, which trains it")
+            except (Held, Lost) as other:
+                _say(f"left to who trains it: {other}")
             except Exception:
                 traceback.print_exc()
                 raise

@@ -21,7 +21,7 @@ from submitit import SlurmJob
 from submitit.core.utils import DelayedSubmission
 
 import eplib.data
-from eplib.store.leases import lease
+from eplib.store.leases import Lost, lease
 from eplib.store.records import Store, configurations
 from pipelines import jobs, train
 from pipelines.jobs import Job
@@ -217,7 +217,8 @@ def test_the_first_task_of_a_job_stays_until_the_others_have_ended_and_one_witho
         assert task.is_alive()
         as_rank(1)
         job()  # held: left to who trains it
-        assert store.find(second) is None and "left to process" in jobs.log_of(store, train.place(second)).read_text()
+        said = jobs.log_of(store, train.place(second)).read_text()
+        assert store.find(second) is None and "left to who trains it: process" in said
     task.join(60)
     assert not task.is_alive()
     job()
@@ -276,3 +277,10 @@ def test_a_dry_sweep_says_how_long_it_takes_by_recorded_runs_and_submits_nothing
     # 3 steps of the origin and 1 of what goes on from it, at 20 seconds a step: 80 seconds
     assert "x: 3 runs, 1 recorded, 2 to train" in said and re.search(r"train tiny: 2 runs +1\.3\n", said)
     assert not (store.checkpoints / "jobs").exists()
+
+
+def test_a_job_that_has_lost_its_run_leaves_it_and_does_not_fail(store, as_rank, monkeypatch):
+    config = configurations("x", "tiny", store.root)[0]
+    monkeypatch.setattr(jobs, "work", lambda *_, **__: (_ for _ in ()).throw(Lost("not renewed")))
+    Job("x", store.root, "cpu", None, (jobs.Part.of(config),))()
+    assert "left to who trains it: not renewed" in jobs.log_of(store, train.place(config)).read_text()
