@@ -27,10 +27,11 @@ def _draws(problem: Problem, key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(drawn))
 
 
-def _noise(like: Tensor, draws: torch.Generator) -> Tensor:
+def _noise(problem: Problem, like: Tensor, draws: torch.Generator) -> Tensor:
     """Normal noise whose deviation is the root mean square of each sample of `like`, (B, ...)."""
     size = norm(like) / math.sqrt(like[0].numel())
-    return lanes(size, like) * torch.randn(like.shape, generator=draws, dtype=torch.float64).to(like)
+    drawn = problem.part.mine(lambda count: torch.randn(count, *like.shape[1:], generator=draws, dtype=torch.float64))
+    return lanes(size, like) * drawn.to(like)
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class NoisyEP(ByAdjoint):
         given = problem
         if self.nudge:
             known = {field.name: getattr(problem, field.name) for field in fields(problem)}
-            given = _Misnudged(**known, error=self.nudge * _noise(problem.slope, draws))
+            given = _Misnudged(**known, error=self.nudge * _noise(problem, problem.slope, draws))
         found = corrected(given, nudges, weights, solver)
-        read = self.state * weights.square().sum().sqrt() * _noise(problem.state, draws)
+        read = self.state * weights.square().sum().sqrt() * _noise(problem, problem.state, draws)
         return replace(found, value=found.value + read)
 
 

@@ -15,6 +15,7 @@ from ..diagnostics import agreement
 from ..estimators import Batch, DyadicEP, Estimator, Problem, at_state
 from ..models import Model
 from ..optimisers import Device, quantised
+from ..parallel import Part
 from ..runconfig import RunConfig
 from ..solvers import Anderson, Relaxation, Solver
 from ..store.runs import Run
@@ -192,7 +193,7 @@ def asked(model: Model, inputs: Tensor, targets: Tensor, rule: Any, solver: Solv
     free = model.settle(inputs, solver)
     counted: Any = Counted(model.block, counts)
     model.block.linearise = counted.linearise  # type: ignore[method-assign]  # of the copy, for what needs a graph
-    batch = Batch(model, inputs, targets, counted, free.value)
+    batch = Batch(model, inputs, targets, counted, Part(len(inputs), 0, len(inputs)), free.value)
     if isinstance(rule, Estimator):
         rule.gradient(batch, solver, solver if rule.second_phase else None)
         counts["F"] -= 1  # of the free state, which is settled
