@@ -181,9 +181,15 @@ class CountedJacobian:
         self.jacobian, self.counts = jacobian, counts
 
     def __getattr__(self, name: str) -> Any:
-        if name in CALLS:
+        found = getattr(self.jacobian, name)
+        if name not in CALLS:
+            return found
+
+        def counted(direction: Tensor) -> Any:
             self.counts[CALLS[name]] += 1
-        return getattr(self.jacobian, name)
+            return found(direction)
+
+        return counted
 
 
 def asked(model: Model, inputs: Tensor, targets: Tensor, rule: Any, solver: Solver) -> Counter:
