@@ -130,11 +130,10 @@ def horizons(model: Model, inputs: Tensor, targets: Tensor, step: float, counts:
             "norm": torch.stack([value.norm() for value in truth.values()]).norm().item()}
 
 
-def decay(found: dict[str, Any], below: float = 0.3, above: float = 1e-7, power: int = 0) -> float | None:
-    """The rate at which BPTT's error over K^power falls with its horizon K, as a share of that of r^K: 1 where the finite
-    horizon lacks nothing but what has not settled. From the errors between the bounds; None for fewer than two."""
-    points = [(one["steps"], one["error"] / one["steps"]**power) for one in found["errors"]
-              if one["error"] and above < one["error"] < below]
+def decay(found: dict[str, Any], below: float = 0.3, above: float = 1e-7) -> float | None:
+    """The rate at which BPTT's error falls with its horizon K, as a share of that of r^K: 1 where the finite horizon lacks
+    nothing but what has not settled. From the errors between the bounds; None for fewer than two."""
+    points = [(one["steps"], one["error"]) for one in found["errors"] if one["error"] and above < one["error"] < below]
     if len(points) < 2 or not found["radius"] or found["radius"] >= 1:
         return None
     steps, errors = zip(*points, strict=True)
@@ -229,7 +228,7 @@ def q4(shares: Sequence[float | None]) -> Verdict:
     """Whether a finite horizon is another primitive, or only what has not settled yet: `decay` at several rates."""
     known = [share for share in shares if share is not None]
     worst = max(known, key=lambda share: abs(share - 1), default=None)
-    said = f"its error over K falls as r^K at {len(known)} rates r: the exponent over that of r^K, furthest from 1"
+    said = f"its error falls as r^K at {len(known)} rates r: the exponent over that of r^K, furthest from 1"
     return Verdict("Q4: is a finite horizon another gradient?", said, worst,
                    ENGINEERING if worst is not None and len(known) > 1 and abs(worst - 1) <= 0.1 else UNDECIDED)
 
