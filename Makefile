@@ -2,7 +2,7 @@
 # Everything runs in .venv, which `make setup` creates; nothing is installed or registered outside this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel repro verify test lab smoke paper figures bench clean
+.PHONY: help setup kernel repro verify test lab smoke paper figures release bench clean
 SHELL := /bin/bash
 
 # The python that creates .venv. Empty: the first of the list in `setup` that is 3.11, 3.12 or 3.13.
@@ -98,11 +98,16 @@ smoke: setup  ## run every stage at toy size in a scratch folder (4 to 6 minutes
 
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
 	@$(ALONE); set -x; \
+	python -m pipelines.data plays-chars; \
 	dvc repro pipelines/paper/dvc.yaml; \
 	python -m pipelines.close --profile paper
 
+release: setup  ## set the paper of the recorded runs as release/paper.pdf, the copy that is in git (seconds)
+	python -m pipelines.paper --release
+
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
 	@$(ALONE); set -x; \
+	python -m pipelines.data plays-chars; \
 	dvc repro --force pipelines/paper/dvc.yaml
 
 bench: setup  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (10 to 20 minutes, idle machine)

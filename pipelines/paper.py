@@ -213,10 +213,11 @@ def up_to_date(profile: str, root: Path = ROOT) -> bool:
 
 
 def compile_with(
-    content: Path, root: Path, query: str = "", field: str = "value", format: Literal["pdf", "html"] = "pdf"
+    content: Path, root: Path, query: str = "", field: str = "value", format: Literal["pdf", "html"] = "pdf",
+    tagged: bool = True,
 ) -> Any:
-    """Set paper/main.typ with the file `content`, as PDF or HTML, or answer a query about a field of its elements; raises
-    PipelineError with Typst's message."""
+    """Set paper/main.typ with the file `content`, as PDF, `tagged` for a screen reader, or HTML, or answer a query about a
+    field of its elements; raises PipelineError with Typst's message."""
     import typst
 
     common: dict[str, Any] = {
@@ -226,7 +227,9 @@ def compile_with(
     }
     main = str(root / "paper" / "main.typ")
     try:
-        return typst.query(main, query, field=field, **common) if query else typst.compile(main, format=format, **common)
+        if query:
+            return typst.query(main, query, field=field, **common)
+        return typst.compile(main, format=format, pdf_tags=tagged, **common)
     except typst.TypstError as error:
         raise PipelineError(f"paper/main.typ could not be set: {error}") from error
 
@@ -260,7 +263,8 @@ def write(profile: str, root: Path = ROOT) -> Path:
 def release(root: Path = ROOT) -> Path:
     """Set the paper profile's paper and copy it to release/paper.pdf, beside it release/paper.json: the digests of the results
     it was set from and of the file. Raises PipelineError if it is too large to be kept in git."""
-    pdf = build("paper", root).read_bytes()
+    build("paper", root)
+    pdf = compile_with(content_path("paper", root), root, tagged=False)  # tags are more than half of the file
     if len(pdf) > LARGEST:
         raise PipelineError(f"the paper has {len(pdf):,} bytes; release/paper.pdf is kept in git and may have {LARGEST:,}: "
                             "draw fewer points in its largest figures")
