@@ -122,7 +122,7 @@ class Site:
     def claims(self) -> None:
         groups: list[tuple[Experiment | None, list]] = [(one, one.claims) for one in self.all.experiments if one.claims]
         groups += [(None, self.all.others())] if self.all.others() else []
-        self.page("claims.html", "claims.html", groups=groups, counts=self.counts())
+        self.page("claims.html", "claims.html", groups=groups, counts=self.counts(), loose=self.all.loose("claims"))
 
     def text_page(self) -> None:
         def drawn(label: str) -> str | None:
@@ -162,7 +162,7 @@ class Site:
 
     def machine(self) -> None:
         self.page("machine.html", "machine.html", here=self.all.machine["here"], training=self.all.machine["training"],
-                  loose=self.all.loose())
+                  loose=self.all.loose("machine"))
 
     def run_pages(self) -> None:
         readers = {group: [one for one in self.all.experiments if group in one.groups] for group in self.runs}

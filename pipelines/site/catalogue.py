@@ -47,7 +47,13 @@ class Item:
     @property
     def href(self) -> str:
         """Its place, from the report's folder."""
-        return f"experiments/{self.notebook}.html#{self.label}" if self.notebook else f"machine.html#{self.label}"
+        page = f"experiments/{self.notebook}" if self.notebook else "claims" if self.folder == "claims" else "machine"
+        return f"{page}.html#{self.label}"
+
+    @property
+    def folder(self) -> str:
+        """Of results/<profile>, where it was written."""
+        return self.value.get("notebook") or self.notebook or "machine"
 
 
 @dataclass
@@ -95,9 +101,9 @@ class Catalogue:
         known = {one.name for one in self.experiments}
         return [claim for claim in self.claims if claim["from"].split("/")[0] not in known]
 
-    def loose(self) -> list[Item]:
-        """Figures and tables that no notebook's cell is known to have made."""
-        return [item for item in self.items.values() if not item.notebook]
+    def loose(self, folder: str) -> list[Item]:
+        """Figures and tables of a folder that no notebook's cell is known to have made."""
+        return [item for item in self.items.values() if not item.notebook and item.folder == folder]
 
 
 def notebook(name: str, profile: str, root: Path) -> tuple[Any, bool]:

@@ -121,14 +121,14 @@ def recorded(profile: str, looks: dict[str, Look], root: Path = ROOT) -> dict[st
 def of_rows(table: dict[str, Any], groups: dict[str, list[Recorded]]) -> list[list[Recorded]]:
     """For each row of a table the runs that it is made of, none where it does not say: those whose arm one of its words names,
     whose configuration has the values in its columns, and which are as many as its seeds. Of the group that explains most rows
-    and contradicts fewest, the first of equals; none where all contradict as much as they explain."""
+    and contradicts fewest, the first of equals; none where fewer than half of the rows are explained."""
     best: list[list[Recorded]] = [[] for _ in table["rows"]]
     most = 0
     for runs in groups.values():
         found = [matching(table["columns"], row, runs) for row in table["rows"]]
-        score = sum(0 if among == [] else 1 if among else -1 for among in found)
-        if score > most:
-            best, most = [among or [] for among in found], score
+        explained, contradicted = sum(map(bool, found)), found.count(None)
+        if explained - contradicted > most and 2 * explained >= len(found):
+            best, most = [among or [] for among in found], explained - contradicted
     return best
 
 
