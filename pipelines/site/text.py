@@ -4,6 +4,7 @@ which figure a claim rests on; nothing of these is written twice."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,38 @@ def read(profile: str, root: Path = ROOT) -> Text:
     headline = json.loads(paper.compile_with(content, root, query="<headline>"))
     content.unlink()
     style = "\n".join(tag.get_text() for tag in soup.find_all("style"))
-    abstract = soup.find(id="abstract")
-    return Text(soup, style, {str(made["id"]): caption(made) for made in placed(soup)},
-                abstract.decode_contents() if isinstance(abstract, Tag) else "", headline[0] if headline else [], cited(soup))
+    return Text(soup, style, {str(made["id"]): caption(made) for made in placed(soup)}, abstract(soup),
+                headline[0] if headline else [], cited(soup))
+
+
+def abstract(soup: BeautifulSoup) -> str:
+    """The paragraph that begins with the word in bold, without it, as HTML; its references stay in the paper."""
+    head = next((tag for tag in soup.find_all("strong") if tag.get_text() == "Abstract."), None)
+    if head is None or head.parent is None:
+        return ""
+    inside = soup_of(head.parent.decode_contents())
+    inside.find("strong").decompose()  # type: ignore[union-attr]
+    return unlinked(inside)
+
+
+def unlinked(soup: BeautifulSoup) -> str:
+    """HTML without its links: what they lead to is in the paper, and this stands elsewhere as well."""
+    for link in soup.find_all("a"):
+        link.unwrap()
+    return soup.decode().strip()
 
 
 def placed(soup: BeautifulSoup) -> list[Tag]:
-    """The figures, tables and texts of the paper, in its order."""
-    return [tag for tag in soup.find_all("figure") if str(tag.get("id", "")).startswith(KINDS)]
+    """The figures, tables and texts of the paper, in its order; what no link leads to has no label in Typst's HTML, and gets it
+    by the number in its caption."""
+    found = []
+    for tag in soup.find_all("figure"):
+        name = re.match(r"(\w+)(, in short)?\.$", tag.strong.get_text()) if tag.strong else None
+        if not tag.get("id") and name:
+            tag["id"] = f"{'fig' if tag.img else 'tab'}-{name[1]}{'-short' if name[2] else ''}"
+        if str(tag.get("id", "")).startswith(KINDS):
+            found.append(tag)
+    return found
 
 
 def caption(made: Tag) -> str:
@@ -55,11 +80,9 @@ def caption(made: Tag) -> str:
         return ""
     inside = soup_of(own.decode_contents())
     first = inside.find("strong")
-    if isinstance(first, Tag) and first.get_text().rstrip(".") == str(made["id"]).partition("-")[2]:
+    if isinstance(first, Tag) and re.split(r"[.,]", first.get_text())[0] == str(made["id"]).split("-")[1]:
         first.decompose()
-    for link in inside.find_all("a"):  # what they lead to is in the paper, the caption stands elsewhere as well
-        link.unwrap()
-    return inside.decode().strip()
+    return unlinked(inside)
 
 
 def cited(soup: BeautifulSoup) -> dict[str, list[str]]:
