@@ -122,14 +122,17 @@ def test_a_claim_its_figure_its_cell_and_its_value_lead_to_one_another(built):
 def test_the_paper_says_which_figure_a_claim_rests_on():
     said = text.cited(pages.soup_of(
         '<p>It is so.<a href="#claim-one">C1</a> See <a href="#fig-F1">F1</a> and <a href="#tab-T2-short">T2</a>.</p>'
-        '<p>Not here: <a href="#fig-F3">F3</a>. <a href="#claim-two">C2</a></p><p><a href="#claim-three">C3</a></p>'))
-    assert said == {"one": ["fig-F1", "tab-T2"], "two": ["fig-F3"], "three": []}
+        '<p>Not here: <a href="#fig-F3">F3</a>. <a href="#claim-two">C2</a></p><p><a href="#claim-three">C3</a></p>'
+        '<h2>Another</h2><p>As said. <a href="#claim-four">C4</a></p><p>See <a href="#fig-F4">F4</a>.</p>'))
+    assert said == {"one": ["fig-F1", "tab-T2"], "two": ["fig-F3"], "three": ["fig-F1", "tab-T2", "fig-F3"], "four": ["fig-F4"]}
 
 
 def test_the_captions_are_the_paper_s(built):
     page = (built / "experiments" / "gradients.html").read_text()
     caption = pages.soup_of(page).find(id="fig-F1").find("figcaption").get_text(" ", strip=True)
     assert caption.startswith("F1. ") and len(caption) > 40 and "<math" in page
+    first = (built / "index.html").read_text()
+    assert "Abstract" in first and "(EP)" in first.partition('class="abstract"')[2] and 'id="fig-F0"' in first
 
 
 def test_formulas_are_set_and_code_is_left(built):

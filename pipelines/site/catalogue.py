@@ -167,7 +167,9 @@ def collect(profile: str, text: Text, root: Path = ROOT) -> Catalogue:
                             key=lambda item: (cells.get(item.cell, len(cells)), item.kind, item.id))
         made.claims = [claim for claim in content["claims"].values() if claim["from"].split("/")[0] == made.name]
     for claim in content["claims"].values():
-        claim["shown"] = [label for label in text.said.get(claim["id"], []) if label in items]
+        owner = claim["from"].split("/")[0]
+        said = text.said.get(claim["id"], [])
+        claim["shown"] = [label for label in said if label in items and items[label].notebook == owner]
         for label in claim["shown"]:
             items[label].claims.append(claim["id"])
     experiments = sorted((made for made, _ in read), key=lambda made: (

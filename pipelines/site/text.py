@@ -16,6 +16,7 @@ from pipelines import paper
 from pipelines.common import ROOT, write_text
 from pipelines.site.pages import labelled, soup_of
 
+TITLE = "Equilibrium propagation for transformers"
 KINDS = ("fig-", "tab-", "text-")  # of the labels of what the paper places
 
 
@@ -86,15 +87,20 @@ def caption(made: Tag) -> str:
 
 
 def cited(soup: BeautifulSoup) -> dict[str, list[str]]:
-    """Claim -> the figures and tables that the paragraph names in which the claim is marked."""
+    """Claim -> the figures and tables that the paragraph names in which the claim is marked; where that names none, those of
+    its section."""
     found: dict[str, list[str]] = {}
-    for paragraph in soup.find_all("p"):
-        targets = [str(link.get("href", "")).removeprefix("#") for link in paragraph.find_all("a")]
-        shown = dict.fromkeys(target.removesuffix("-short") for target in targets if target.startswith(KINDS))
-        for target in targets:
-            if target.startswith("claim-"):
-                known = found.setdefault(target.removeprefix("claim-"), [])
-                known += [label for label in shown if label not in known]
+    section: list[str] = []
+    for tag in soup.find_all(["h2", "p"]):
+        if tag.name == "h2":
+            section = []  # claims of the section before keep its list, which is whole by now
+        targets = [str(link.get("href", "")).removeprefix("#") for link in tag.find_all("a")]
+        shown = list(dict.fromkeys(target.removesuffix("-short") for target in targets if target.startswith(KINDS)))
+        section += [label for label in shown if label not in section]
+        for name in (target.removeprefix("claim-") for target in targets if target.startswith("claim-")):
+            known = found.setdefault(name, section)
+            if shown:
+                found[name] = shown if known is section else [*known, *(label for label in shown if label not in known)]
     return found
 
 
@@ -105,6 +111,8 @@ def page(text: Text, drawn: Callable[[str], str | None], claims: dict[str, str])
     for made in placed(soup):
         if (shown := drawn(str(made["id"]))) is not None:
             made.replace_with(soup_of(shown))
+    if (head := soup.find("p")) is not None and head.get_text() == TITLE:
+        head.name = "h1"
     seen: set[str] = set()
     for link in soup.find_all("a"):
         target = str(link.get("href", "")).removeprefix("#claim-")
