@@ -178,7 +178,7 @@ def test_a_file_of_ones_own_is_trained_stored_found_again_and_drawn(house):
     assert series["final"] == pytest.approx(corrected["final"], abs=0.01)  # the same gradient, found in two ways
     assert (series["label"], corrected["label"], corrected["colour"]) == ("series", "linear response", "#d55e00")
     assert series["colour"].startswith("#") and series["colour"] != corrected["colour"]
-    assert [path.name for path in sorted((folder / "figures").rglob("F1.*"))] == ["F1.pdf", "F1.svg"]
+    assert [path.name for path in sorted((folder / "figures").rglob("F1.*"))] == ["F1.csv", "F1.pdf", "F1.svg"]
 
 
 def test_a_package_that_is_installed_for_good_works_from_the_repository_s_folder(tmp_path):
