@@ -136,8 +136,10 @@ def experiment(plan: Plan, name: str, root: Path) -> tuple[Experiment, dict[tupl
                 places.setdefault(("named", text), (cell.id, heading))
     results = root / "results" / plan.name / name
     summary = read_json(results / "summary.json") if (results / "summary.json").is_file() else {}
-    return Experiment(name, title, shown.cells, executed, (results / "index.json").is_file(), plan.read[name], summary,
-                      summary_cell), places
+    recorded = (results / "index.json").is_file()
+    if not (executed or recorded):
+        summary_cell = ""  # its page shows no cells
+    return Experiment(name, title, shown.cells, executed, recorded, plan.read[name], summary, summary_cell), places
 
 
 def strings(name: str, cell: Any) -> set[str]:
