@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The smoke profile's runs as an array under a Slurm of two nodes, three of its jobs killed, against `pipelines.train` undisturbed: are
-# results and weights the same bytes? Minutes, so it is no test: tests/smoke_under_slurm.sh, from the repository's folder. Last run:
-# CONTRIBUTING.md, "Sweeps".
+# results and weights the same bytes? Minutes, so it is no test: tests/smoke_under_slurm.sh, from the repository's folder, all of them
+# or some (--experiment stability).
 set -euo pipefail
 here=$PWD scratch=$(mktemp -d /tmp/sweepXXXX)
-trap '"$here/tests/slurm.sh" stop "$scratch/slurm"; rm -rf "$scratch"' EXIT
+trap '[ ! -d "$scratch/slurm" ] || "$here/tests/slurm.sh" stop "$scratch/slurm"; rm -rf "$scratch"' EXIT
 for name in whole swept; do
   git clone --quiet --shared . "$scratch/$name"
   ln -s "$here/.venv" "$scratch/$name/.venv"
@@ -12,7 +12,7 @@ for name in whole swept; do
   [ ! -d eplib/kernels/build ] || cp -r eplib/kernels/build "$scratch/$name/eplib/kernels/"
 done
 export PYTHONPATH=.
-(cd "$scratch/whole" && .venv/bin/python -m pipelines.train --profile smoke >"$scratch/whole.log" 2>&1)
+(cd "$scratch/whole" && .venv/bin/python -m pipelines.train --profile smoke "$@" >"$scratch/whole.log" 2>&1)
 
 tests/slurm.sh start "$scratch/slurm"
 export SLURM_CONF=$scratch/slurm/slurm.conf
