@@ -94,7 +94,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
 def ended(*calls: subprocess.Popen) -> list[tuple[int, str, str]]:
     """Exit codes and what was said, to the end."""
     try:
-        said = [one.communicate(timeout=150) for one in calls]
+        said = [one.communicate(timeout=400) for one in calls]
     finally:
         for one in calls:
             if one.poll() is None:
