@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -137,16 +137,18 @@ def kinds_of(runs: Iterable[Run]) -> tuple[dict[str, Estimator], dict[str, Devic
 
 
 def settling(model: Model, inputs: Tensor, targets: Tensor, tolerances: Iterable[float], step: float = 0.02) -> list[list[Any]]:
-    """For each tolerance the time that the free state and the adjoint take to settle under dz/dt = F(z) and da/dt = J^T a + g,
-    in units of the leak's time constant, worst sequence, by explicit steps so small that they do not count."""
+    """For each tolerance the time that the free state and the adjoint take to settle under dz/dt = F(z) and, at the settled
+    state, da/dt = J^T a + g, in units of the leak's time constant, worst sequence, by explicit steps so small that they do not
+    count."""
+    settled = model.settle(inputs, replace(CLOSE, tol=1e-5)).value
+    problem = Problem(model, inputs, targets, model.clamp(inputs).detach(), settled)
     found = []
     for tol in tolerances:
         slow = Relaxation(step=step, max_steps=round(200 / step), tol=tol)
         free = model.settle(inputs, slow)
-        problem = Problem(model, inputs, targets, model.clamp(inputs).detach(), free.value)
         with torch.no_grad():
             adjoint = slow.adjoint(problem.jacobian, problem.slope, problem.scale)
-        found.append([tol, *(step * phase.steps.max().item() if (phase.residual <= tol).all() else None
+        found.append([tol, *(round(step * phase.steps.max().item(), 3) if (phase.residual <= tol).all() else None
                              for phase in (free, adjoint))])
     return found
 
