@@ -18,10 +18,11 @@ from eplib.controllers import Penalty
 from eplib.estimators import Estimator
 from eplib.families import Family
 from eplib.models import Architecture
+from eplib.optimisers import UpdateRule
 from eplib.solvers import Solver
 from eplib.tasks import Signal, Task, Text
 
-MODULES = ("blocks", "controllers", "estimators", "solvers", "starts", "tasks", "models", "training")
+MODULES = ("blocks", "controllers", "estimators", "optimisers", "solvers", "starts", "tasks", "models", "training")
 CLASSES = sorted({kind for module in MODULES for kind in vars(import_module(f"eplib.{module}")).values()
                   if is_dataclass(kind) and hasattr(kind, "__pydantic_config__") and not kind.__name__.startswith("_")},
                  key=lambda kind: kind.__name__)
@@ -48,7 +49,7 @@ def values(kind: Any, bounds: dict[str, float] | None = None) -> st.SearchStrate
     if kind is float:
         low, high = bounds.get("ge", bounds.get("gt", -10.0)), bounds.get("le", bounds.get("lt", 10.0))
         return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
-    if kind in (Architecture, Block, Estimator, Penalty, Signal, Solver, Task):
+    if kind in (Architecture, Block, Estimator, Penalty, Signal, Solver, Task, UpdateRule):
         return st.sampled_from([found for found in CLASSES if issubclass(found, kind)]).flatmap(configured)
     return BARE[kind] if kind in BARE else configured(kind)
 
@@ -61,12 +62,12 @@ def configured(draw: Any, kind: type) -> Any:
     for field in fields(kind):
         missing = (field.default is MISSING and field.default_factory is MISSING) or (kind, field.name) == (Text, "corpus")
         (needed if missing else optional).append(field.name)
-    made = None
+    made, chosen = None, needed
     while made is None:
         try:
-            made = kind(**{name: __file__ if name == "path" else draw(values(hints[name])) for name in needed})
-        except ValidationError:
-            continue
+            made = kind(**{name: __file__ if name == "path" else draw(values(hints[name])) for name in chosen})
+        except ValidationError:  # some are refused as long as nothing in them would act: then their options are needed too
+            chosen = needed + [name for name in optional if draw(st.booleans())]
     for name in optional:
         if draw(st.booleans()):
             made = changed(made, name, draw(values(hints[name])))

@@ -142,7 +142,7 @@ def test_two_executions_are_byte_identical_and_a_failure_keeps_the_last_good_one
     failed = target.with_name("toy.failed.ipynb")
     assert "as asked" in failed.read_text()
     assert target.read_bytes() == first and value.read_text() == "5"
-    assert sorted(p.name for p in (tree / "results" / "quick").iterdir()) == ["notebooks", "sources", "toy"]
+    assert sorted(p.name for p in (tree / "results" / "quick").iterdir()) == ["machine", "notebooks", "sources", "toy"]
 
 
 def test_an_interrupted_run_leaves_no_kernel_and_no_half_result(tree):
