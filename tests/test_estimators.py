@@ -712,5 +712,5 @@ def test_an_estimator_of_ones_own_overrides_adjoint_or_gradient():
 def test_an_estimator_without_its_method_says_which_is_missing(kind):
     own = configuration(type("Empty", (kind,), {"second_phase": False}))()
     model, inputs, targets = transformer(init=0.3)
-    with pytest.raises(NotImplementedError, match=r"Empty has no .*override"):
+    with pytest.raises(NotImplementedError, match=r"Empty does not define (gradient|adjoint)\(.*override"):
         eplib.gradient(model, inputs, targets, estimator=own, solver=TIGHT)
