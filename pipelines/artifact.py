@@ -115,12 +115,13 @@ def headlines(references: dict[str, Reference], root: Path = ROOT) -> str:
         profile = next((name for name in reversed(PROFILES) if row[name]["verdict"] != UNDECIDED),
                        next((name for name in reversed(PROFILES) if row[name]["value"] != "missing"), PROFILES[0]))
         one = row[profile]
-        lines.append([row["text"], row["asked"], one["value"], f"**{one['verdict']}**", profile,
-                      f"`make verify PROFILE={profile} WHICH=\"--stage {row['notebook']}\"`"])
+        value = "no value yet" if one["value"] == "missing" else one["value"]
+        again = f"`make verify PROFILE={profile} WHICH='--stage {row['notebook']}'`"
+        lines.append([row["text"], f"{value} (asked {row['asked']})", f"**{one['verdict']}**", again])
     counts = {profile: Counter(row[profile]["verdict"] for row in found.values()) for profile in PROFILES}
     told = "; ".join(f"at `{profile}` {count[HOLDS]} hold, {count[FAILS]} fail, {count[UNDECIDED]} are not decided"
                      for profile, count in counts.items())
-    return (f"{table(['claim', 'asked', 'measured', 'verdict', 'profile', 'the number again'], lines)}\n\n"
+    return (f"{table(['claim', 'measured', 'verdict', 'the number again'], lines)}\n\n"
             f"Of all {len(found)} claims, {told} (not at that size, too few seeds, not run: the report says why).\n")
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from eplib import profiles
-from pipelines import cells, close, common, estimate, expected, verify
+from pipelines import artifact, cells, claims, close, common, estimate, expected, plan, verify
 from pipelines import tolerance as tolerances
 
 ROOT = common.ROOT
@@ -257,3 +257,23 @@ def test_a_stage_that_fails_is_no_agreement(laboratory):
         path.write_text(right)
     assert code == 1 and receipt["failed"] == {"gradients": "the notebook ended with an error"}
     assert receipt["counts"] == {"missing": 4}
+
+
+# --- the page of claims, commands, times and numbers ---
+
+
+def test_the_page_and_readmes_table_are_those_of_the_claims_and_reference_values():
+    assert artifact.out_of_date() == [], "run `python -m pipelines.artifact --write`"
+    page = (ROOT / "ARTIFACT.md").read_text()
+    stages = {name for profile in ("quick", "paper") for name in plan.Plan(profile, ROOT).notebooks}
+    for claim in claims.load():
+        assert f"| **{claim['id']}** {claim['text']} |".replace("|·|", "absolute value") in page
+        assert claim["value"]["file"].split("/")[0] in stages
+    assert all(f"\n| {name} | " in page for name in stages)
+
+
+def test_a_readme_without_a_place_for_the_claims_is_refused(laboratory):
+    (laboratory / "README.md").write_text("# Mine\n")
+    shutil.copy(ROOT / "pipelines" / "profiles" / "paper.yaml", laboratory / "pipelines" / "profiles")
+    with pytest.raises(common.PipelineError, match=r"0 places .* written by python -m pipelines.artifact"):
+        artifact.pages(laboratory)
