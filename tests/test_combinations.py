@@ -298,7 +298,7 @@ def _check(case, model, inputs, targets, z, j, g, single) -> str:
         small = [n for n, value in model.named_parameters() if value.dim() == 1 and n.startswith("block.")][:1]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in ("norm.bias", *small))
-    solver = SOLVERS[case["solver"]]((1e-4 if kinds else 1e-6) if single else 1e-9)
+    solver = SOLVERS[case["solver"]]((1e-4 if kinds else 1e-6) if single else 1e-7 if kinds else 1e-9)
     estimator = estimator_of(case)
     if kinds and z is not None:  # no further than this: rounding makes noise of a settled state's force, a penalty's probe
         last = 8 if single else int(model.settle(inputs, replace(TIGHT, step=STEP, tol=1e-9)).steps.max())
