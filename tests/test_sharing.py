@@ -108,6 +108,8 @@ def test_a_holder_renews_its_lease_and_stops_at_once_when_another_has_taken_it(t
             assert time.monotonic() < until, "not renewed"
             time.sleep(0.005)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+
     def long_computation(until: float) -> None:  # which asks nothing
         lock_of(path, "elsewhere", 1, 60)
         while time.monotonic() < until:
@@ -115,6 +117,7 @@ def test_a_holder_renews_its_lease_and_stops_at_once_when_another_has_taken_it(t
 
     with pytest.raises(Lost, match="so process 1 on elsewhere took it over"), lease(path):
         long_computation(time.monotonic() + 10)
+    signal.signal(signal.SIGINT, before)
     assert path.exists()  # what is not its own is not given back
     path.unlink()
     monkeypatch.setattr(leases, "RENEW", 100.0)

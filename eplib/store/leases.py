@@ -31,7 +31,7 @@ class Lost(RuntimeError):
 @contextmanager
 def lease(path: Path) -> Iterator[Callable[[], None]]:
     """Holds the lease at `path` while the body runs. Gives a function that raises `Lost` if it is held no longer; in the main
-    thread the body is interrupted by `Lost` when that is noticed.
+    thread the body is interrupted by `Lost` when that is noticed, but where SIGINT is ignored, as in a shell's background job.
 
     Raises `Held` if another process, or another thread of this one, has it.
     """
