@@ -74,10 +74,13 @@ def text_files(root: Path) -> list[Path]:
 
 
 def further(content: dict[str, Any], root: Path) -> dict[str, list[str]]:
-    """Kind -> the ids of what notebooks made that the text places nowhere: the appendix shows them at its end."""
+    """Kind -> the ids of what notebooks made that the text places nowhere: the appendix shows them at its end. A table of runs
+    that a profile does not plan has no rows; in the paper profile, which plans them all, it is shown as missing."""
     text = "".join(path.read_text(encoding="utf-8") for path in text_files(root))
     calls = {"figures": "fig", "tables": "tab", "texts": "samples"}
-    return {kind: sorted(set(content[kind]) - set(re.findall(rf'#{call}\("([^"]+)"\)', text))) for kind, call in calls.items()}
+    planned = {kind: {name for name, made in content[kind].items()
+                      if kind != "tables" or made.get("rows") or content["profile"] == "paper"} for kind in calls}
+    return {kind: sorted(planned[kind] - set(re.findall(rf'#{call}\("([^"]+)"\)', text))) for kind, call in calls.items()}
 
 
 def times(root: Path) -> dict[str, Any]:
