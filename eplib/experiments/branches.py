@@ -26,15 +26,16 @@ def by_step(runs: Iterable[Run]) -> dict[int, dict[str, list[Run]]]:
 
 def rows(runs: Iterable[Run], against: str, margin: float) -> list[list]:
     """A row for each step and rule among the branches: the model's width, step, label, seeds, how far its final loss is from
-    that of the rule `against`, seed by seed, with its interval, whether they are equivalent within the margin (nats), and the
-    share that settled."""
+    that of the rule `against`, seed by seed, with its interval, whether they are equivalent within the margin (nats), the share
+    that settled, and the updates without a task gradient."""
     found = []
     for step, arms in by_step(runs).items():
         for arm in arms.keys() - {against}:
             model: Any = arms[arm][0].config.model
             seen = compare(differences(arms, arm, against))
             found.append([model.width, step, plotting.label(arm), seen.pairs, interval(seen, 4),
-                          relation(seen, [*arms[arm], *arms.get(against, [])], margin), tables.settled_cell(arms[arm])])
+                          relation(seen, [*arms[arm], *arms.get(against, [])], margin), tables.settled_cell(arms[arm]),
+                          sum(map(tables.without_gradient, arms[arm]))])
     return sorted(found, key=lambda row: row[:3])
 
 
