@@ -18,7 +18,7 @@ from typing import Any
 
 from eplib.verdicts import FAILS, HOLDS, UNDECIDED
 from pipelines import claims, verify
-from pipelines.common import ROOT, PipelineError, command, write_text
+from pipelines.common import ROOT, PipelineError, command, reported, write_text
 from pipelines.expected import Reference, load
 from pipelines.plan import Plan
 
@@ -171,20 +171,17 @@ def out_of_date(root: Path = ROOT) -> list[str]:
             if not (root / name).is_file() or (root / name).read_text(encoding="utf-8") != page]
 
 
+@reported
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.artifact", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write them instead of checking them")
     options = parser.parse_args(arguments)
-    try:
-        if options.write:
-            write()
-        elif stale := out_of_date():
-            print(f"out of date: {', '.join(stale)}; run `python -m pipelines.artifact --write`", file=sys.stderr)
-            return 1
-    except PipelineError as error:
-        print(error, file=sys.stderr)
+    if options.write:
+        write()
+    elif stale := out_of_date():
+        print(f"out of date: {', '.join(stale)}; run `python -m pipelines.artifact --write`", file=sys.stderr)
         return 1
     return 0
 

@@ -9,13 +9,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec
 
 from eplib import settings
 from eplib.files import ROOT, read_yaml
 from eplib.files import write_atomically as write_text  # noqa: F401  (for the modules of this package)
 
+P = ParamSpec("P")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "150000 100000": microseconds in each period, or "max 100000"
 
 
@@ -84,11 +86,20 @@ def for_profile(module: str, text: str, action: Callable[[str], int | None], arg
         prog=f"python -m pipelines.{module}", description=text, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--profile", required=True)
-    try:
-        return action(parser.parse_args(arguments).profile) or 0
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return reported(lambda: action(parser.parse_args(arguments).profile))()
+
+
+def reported(main: Callable[P, int | None]) -> Callable[P, int]:
+    """An entry point that ends with exit code 1 and the message where it raised PipelineError."""
+    @wraps(main)
+    def said(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except PipelineError as error:
+            print(error, file=sys.stderr)
+            return 1
+
+    return said
 
 
 def command(main: Callable[[], int]) -> NoReturn:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 
 from eplib.settings import name_of
 from pipelines.cells import problems, source_path, strip, validated, write_source
-from pipelines.common import ROOT, PipelineError, command, dumps, load_profile, notebook_names, read_json, write_text
+from pipelines.common import ROOT, PipelineError, command, dumps, load_profile, notebook_names, read_json, reported, write_text
 from pipelines.kernel import execute, settle
 
 
@@ -103,6 +102,7 @@ def drop_empty_end(model: dict[str, Any], **_: Any) -> None:
 # --- command line ---
 
 
+@reported
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -118,21 +118,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminated run cleans up as an interrupted one does
         signal.signal(number, signal.default_int_handler)
-    try:
-        if options.command == "source":
-            write_source(options.name, options.profile)
-        elif options.command == "run":
-            run(options.name, options.profile)
-        elif options.command == "strip":
-            for name in options.name or notebook_names():
-                print(f"notebooks/{name}.ipynb: {'stripped' if strip(name) else 'unchanged'}")
-        else:
-            found = [f"notebooks/{name}.ipynb: {problem}" for name in notebook_names() for problem in problems(name)]
-            print("\n".join(found) or "all notebooks are as git should hold them")
-            return bool(found)
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    if options.command == "source":
+        write_source(options.name, options.profile)
+    elif options.command == "run":
+        run(options.name, options.profile)
+    elif options.command == "strip":
+        for name in options.name or notebook_names():
+            print(f"notebooks/{name}.ipynb: {'stripped' if strip(name) else 'unchanged'}")
+    else:
+        found = [f"notebooks/{name}.ipynb: {problem}" for name in notebook_names() for problem in problems(name)]
+        print("\n".join(found) or "all notebooks are as git should hold them")
+        return bool(found)
     return 0
 
 

@@ -33,6 +33,7 @@ from pipelines.common import (
     notebook_names,
     planned,
     read_json,
+    reported,
     write_text,
 )
 
@@ -283,15 +284,12 @@ def show(profile: str) -> None:
     print(f"paper: {write(profile).relative_to(ROOT)}")
 
 
+@reported
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit code."""
     if arguments != ["--release"]:
         return for_profile("paper", __doc__, show)
-    try:
-        print(f"paper: {release().relative_to(ROOT)}")
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    print(f"paper: {release().relative_to(ROOT)}")
     return 0
 
 

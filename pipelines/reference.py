@@ -11,13 +11,12 @@ Digits measured before are kept. `make verify` compares with these values; ARTIF
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from eplib.settings import name_of
 from pipelines import artifact, close, estimate, verify
-from pipelines.common import ROOT, PipelineError, command, load_profile, planned, read_json, write_text
+from pipelines.common import ROOT, PipelineError, command, load_profile, planned, read_json, reported, write_text
 from pipelines.expected import Reference, gather, path_of, places, results_of, text_of
 from pipelines.tolerance import surviving
 
@@ -50,6 +49,7 @@ def measured(profile: str, root: Path = ROOT) -> dict[str, str]:
     return {place: surviving(value, others.get(place)) for name in names for place, value in own.leaves(name).items()}
 
 
+@reported
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.reference", description=__doc__,
@@ -57,13 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", required=True)
     parser.add_argument("--measure", action="store_true", help="find which digits of the cheap stages' values survive")
     options = parser.parse_args(arguments)
-    try:
-        digits = measured(options.profile) if options.measure else None
-        reference = write(options.profile, digits=digits)
-        artifact.write()
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    digits = measured(options.profile) if options.measure else None
+    reference = write(options.profile, digits=digits)
+    artifact.write()
     print(f"{path_of(options.profile).relative_to(ROOT)}: {len(reference.values)} results files, digits of "
           f"{len(reference.digits)} values; ARTIFACT.md")
     return 0

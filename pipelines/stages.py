@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from eplib.settings import name_of
-from pipelines.common import ROOT, PipelineError, command, load_yaml, write_text
+from pipelines.common import ROOT, command, load_yaml, reported, write_text
 from pipelines.plan import Plan
 
 DATA = ("plays-chars", "plays-bpe1024")
@@ -165,6 +165,7 @@ def remedy(profile: str) -> str:
     return "python -m pipelines.stages --write" + ("" if profile in ("quick", "paper") else f" --profile {profile}")
 
 
+@reported
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -173,15 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write the files instead of checking them")
     parser.add_argument("--profile", help="only the pipeline file of this profile")
     options = parser.parse_args(arguments)
-    try:
-        stale = out_of_date([options.profile] if options.profile else ["quick", "paper"])
-        for profile in stale:
-            if options.write:
-                write(profile)
-                print(f"{pipeline_path(profile)}: written for profile {profile}")
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    stale = out_of_date([options.profile] if options.profile else ["quick", "paper"])
+    for profile in stale:
+        if options.write:
+            write(profile)
+            print(f"{pipeline_path(profile)}: written for profile {profile}")
     if stale and not options.write:
         print(f"out of date: {', '.join(map(pipeline_path, stale))}; run `{remedy(stale[0])}`", file=sys.stderr)
         return 1
