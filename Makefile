@@ -67,9 +67,9 @@ kernel: setup  ## build the optional compiled CPU kernel (seconds, where a C++ c
 # What works without the kernel goes on without it and says so. The tests fail where a compiler is there and could not build it.
 KERNEL := python -m eplib.kernels || echo "== going on without the compiled kernel: PyTorch computes the same, more slowly"
 
-repro: setup  ## run the quick profile: data, experiments, figures, paper and report (13 to 45 minutes on 2 cores, by their age)
+repro: setup  ## run the quick profile: data, experiments, figures, paper and report (an older source with fewer runs took 72 minutes beside other work)
 	@echo "== quick profile: data -> runs -> notebooks -> claims -> paper and report, with DVC."
-	@echo "   13 to 45 minutes on 2 CPU cores the first time, by their age; what has not changed is not run again."
+	@echo "   An older source with 130 of today's 220 runs took 72 minutes beside other work; what has not changed is not run again."
 	@echo "   Ctrl-C is safe: the next 'make repro' goes on from the last checkpoint."
 	@$(ALONE); $(KERNEL); set -x; \
 	python -m pipelines.stages --write; \
@@ -84,15 +84,15 @@ verify: setup  ## make the cheap stages anew, compare every value with its refer
 	@$(KERNEL)
 	python -m pipelines.verify --profile $(PROFILE) $(WHICH)
 
-test: setup  ## run the tests (7 to 14 minutes; fetches MNIST once, about 12 MB)
-	@echo "== tests: 7 to 14 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
+test: setup  ## run the tests (about 11 minutes; fetches MNIST once, about 12 MB)
+	@echo "== tests: about 11 minutes on 2 CPU cores; MNIST is fetched once if it is not in data/raw yet"
 	@$(KERNEL)
 	@pytest -q -n 2 --dist loadfile
 
 lab: setup  ## open JupyterLab on the notebooks, with a kernel that finds eplib
 	jupyter lab --notebook-dir=notebooks
 
-smoke: setup  ## run every stage at toy size in a scratch folder (4 to 6 minutes; proves nothing)
+smoke: setup  ## run every stage at toy size in a scratch folder (about 8 minutes with set-up; proves nothing)
 	@$(KERNEL)
 	python -m pipelines.smoke
 

@@ -116,9 +116,10 @@ def headlines(references: dict[str, Reference], root: Path = ROOT) -> str:
                        next((name for name in reversed(PROFILES) if row[name]["value"] != "missing"), PROFILES[0]))
         one = row[profile]
         value = "no value yet" if one["value"] == "missing" else one["value"]
-        again = f"`make verify PROFILE={profile} WHICH='--stage {row['notebook']}'`"
+        again = f"`make verify PROFILE={profile} WHICH='--stage {row['notebook']}'`" if references[profile].values else "–"
         lines.append([row["text"], f"{value} (asked {row['asked']})", f"**{one['verdict']}**", again])
-    counts = {profile: Counter(row[profile]["verdict"] for row in found.values()) for profile in PROFILES}
+    counts = {profile: Counter(row[profile]["verdict"] for row in found.values()) for profile in PROFILES
+              if references[profile].values}
     told = "; ".join(f"at `{profile}` {count[HOLDS]} hold, {count[FAILS]} fail, {count[UNDECIDED]} are not decided"
                      for profile, count in counts.items())
     return (f"{table(['claim', 'measured', 'verdict', 'the number again'], lines)}\n\n"

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="eplib-smoke-"))
     print(
-        f"== smoke profile in {scratch}: every stage at toy size, 4 to 6 minutes; it proves nothing",
+        f"== smoke profile in {scratch}: every stage at toy size, about 8 minutes with set-up; it proves nothing",
         flush=True,
     )
     try:

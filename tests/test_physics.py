@@ -96,6 +96,7 @@ def test_the_adjoint_is_within_reach_where_every_forward_route_is_exact():
     assert physics.q1([exact], {"free": exact}).verdict == physics.ENGINEERING
     assert physics.q1([exact], {"free": exact | {"pair": 0.99}}).verdict == physics.UNDECIDED
     assert physics.q1([exact], {"free": exact | {"pair": None}}).number == -1.0
+    assert physics.q1([exact], {}).verdict == physics.UNDECIDED
 
 
 @pytest.mark.parametrize(("damped", "verdict"), [((1.002, 1.004, 1.003), "engineering"),

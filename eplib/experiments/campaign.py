@@ -21,7 +21,7 @@ from ..solvers import Anderson, FixedHorizon, Homotopy, Relaxation, Snapshot, So
 from ..store.runs import Run
 
 Batch = tuple[Tensor, Tensor]
-FRESH = 10_000  # number of the first batch that gradients are compared on: after the last that a run has learned from
+FRESH = 10_000  # number of the first batch that gradients are compared on: another draw of the training text than any of the run's
 STEP = 0.25  # of plain relaxation and of BPTT: the map whose rate is held
 HORIZONS = (80, 160)  # steps of BPTT: 20 and 40 units of time
 PLAIN = Relaxation(step=STEP, max_steps=HORIZONS[1], tol=1e-5)
@@ -43,7 +43,7 @@ def kept(run: Run) -> list[int]:
 
 
 def batches(run: Run, count: int, sequences: int) -> list[Batch]:
-    """Batches that the run has not learned from, of so many sequences each."""
+    """Batches of the training text drawn apart from the run's, of so many sequences each."""
     task = run.task()
     return [(inputs[:sequences], targets[:sequences]) for inputs, targets in (task.batch(FRESH + k) for k in range(count))]
 

@@ -160,6 +160,11 @@ class Verdict:
         return [self.question, self.measured, self.number, self.verdict]
 
 
+def unmeasured(question: str) -> Verdict:
+    """Of a question whose runs are not recorded."""
+    return Verdict(question, "not measured", None, UNDECIDED)
+
+
 def within(gap: Mapping[str, Any], bound: float = SAME) -> bool | None:
     """Whether a loss is higher by no more than `bound`, by the 95 % interval over paired seeds (`tables.paired`); None where
     that decides nothing."""
@@ -190,7 +195,8 @@ def reached(losses: Mapping[int, Mapping[float, float]]) -> dict[int, float | No
 def q1(points: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """The adjoint by forward relaxation only, at any asymmetry."""
     places = [*points, *checkpoints.values()]
-    lowest = min((-1.0 if place[route] is None else place[route] for place in places for route in FORWARD), default=None)
+    every = [-1.0 if place[route] is None else place[route] for place in places for route in FORWARD]
+    lowest = min(every) if checkpoints else None  # a construction alone says nothing of a trained block
     plain = min((place["vector_field"] for place in places if place["vector_field"] is not None), default=None)
     rho = max((place["rho"] for place in places if place["rho"] is not None), default=math.nan)
     said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine with the adjoint; uncorrected {shown(plain)}"
@@ -203,8 +209,10 @@ def q2(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
     asked = f"Q2: does a good solution need {RHO} > 1?"
     free = (measured.get("free") or {}).get("rho")
     found = cheapest(arms, measured, "free", "rho", 1.0)
-    if free is None or (free >= 1 and found is None):
-        return Verdict(asked, f"no arm with {RHO} < 1 to compare" if free else "not measured", free, UNDECIDED)
+    if free is None:
+        return unmeasured(asked)
+    if free >= 1 and found is None:
+        return Verdict(asked, f"no arm with {RHO} < 1 to compare", free, UNDECIDED)
     if found is None or free < 1:
         return Verdict(asked, f"{RHO} of the arm that nothing lowers", free, ENGINEERING if free < 1 else UNDECIDED)
     arm, gap = found
@@ -217,25 +225,31 @@ def q3(points: Sequence[Mapping[str, Any]], echoes: Sequence[Mapping[str, float]
     echoes: {lost, cosine}, lost = gamma T."""
     inside = [one["cosine"] for one in points if one["mismatch"] <= small]
     lowest = min((-1.0 if value is None else value for value in inside), default=None)
+    if lowest is None:
+        return unmeasured("Q3: can the substrate compute its own adjoint?")
     damped = next((one for one in echoes if one["cosine"] < 0.9), None)
     said = f"a transposed twin with {100 * small:g} % mismatch: smallest cosine" + (
         f"; an echo is exact without loss and falls to {damped['cosine']:.2f} at {LOST} = {damped['lost']:g}" if damped else "")
     return Verdict("Q3: can the substrate compute its own adjoint?", said, lowest,
-                   ENGINEERING if lowest is not None and lowest >= 0.99 else UNDECIDED)
+                   ENGINEERING if lowest >= 0.99 else UNDECIDED)
 
 
 def q4(shares: Sequence[float | None]) -> Verdict:
     """Whether a finite horizon is another primitive, or only what has not settled yet: `decay` at several rates."""
     known = [share for share in shares if share is not None]
     worst = max(known, key=lambda share: abs(share - 1), default=None)
+    if worst is None:
+        return unmeasured("Q4: is a finite horizon another gradient?")
     said = f"its error falls as r^K at {len(known)} rates r: the exponent over that of r^K, furthest from 1"
     return Verdict("Q4: is a finite horizon another gradient?", said, worst,
-                   ENGINEERING if worst is not None and len(known) > 1 and abs(worst - 1) <= 0.1 else UNDECIDED)
+                   ENGINEERING if len(known) > 1 and abs(worst - 1) <= 0.1 else UNDECIDED)
 
 
 def q5(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """Whether transient growth is needed: the passive arm, whose numerical abscissa is held below zero."""
     gap = tables.paired(arms, "passive", "free")
+    if gap["mean"] is None:
+        return unmeasured("Q5: does non-normal growth have to be paid for?")
     grown = [(measured.get(arm) or {}).get("growth") for arm in ("passive", "free")]
     said = f"largest ‖exp(tJ)‖ {shown(grown[0])} against {shown(grown[1])} of free; loss of passive minus free (nats)"
     return Verdict("Q5: does non-normal growth have to be paid for?", said, gap["mean"],
@@ -247,6 +261,8 @@ def q6(shares: Mapping[float, list[Run]], measured: Mapping[float, Mapping[str, 
     asked = "Q6: is conservative attention's price fundamental?"
     arms = {f"{share:g}": runs for share, runs in shares.items()}
     gap = tables.paired(arms, "0", "1")
+    if gap["mean"] is None:
+        return unmeasured(asked)
     corrected = min((one["contrast"] for one in measured.values() if one["contrast"] is not None), default=None)
     plain = min((one["vector_field"] for one in measured.values() if one["vector_field"] is not None), default=None)
     said = f"corrected cosine {shown(corrected, 4)} at every share, uncorrected down to {shown(plain)}; loss of energy minus " \
