@@ -337,8 +337,8 @@ def control(row: dict, most: float | None) -> str:
     """What holding every token adds, and the whole step with it, beside what is asked of both."""
     if "control" not in row:
         return ""
-    whole = f"   control {row['control_share']:+.1%} (asked: {SHARE:.0%}), with it {row['controlled_ratio']:.2f}x"
-    return whole + (f" (asked: {most:g}x)" if most else "")
+    whole = f"   control {row['control_share']:+.1%} (asked at C=128: {SHARE:.0%}), with it {row['controlled_ratio']:.2f}x"
+    return whole + (f" (asked at C=128: {most:g}x)" if most else "")
 
 
 def table(results: dict) -> str:

@@ -11,8 +11,8 @@ __all__ = ["gradient", "ep_loss", "load", "__version__"]
 
 _LAZY = {"gradient": "estimators", "ep_loss": "estimators", "load": "trained"}
 _MODULES = ("blocks", "calculus", "classics", "codecs", "controllers", "data", "diagnostics", "dynamics",
-            "estimators", "evaluation", "families", "kernels", "log", "markup", "models", "optimisers", "plotting", "profiles",
-            "runconfig", "settings", "solvers", "sources", "spectra", "starts", "store", "tasks", "trained",
+            "estimators", "evaluation", "families", "kernels", "log", "markup", "models", "optimisers", "parallel", "plotting",
+            "profiles", "runconfig", "settings", "solvers", "sources", "spectra", "starts", "store", "tasks", "trained",
             "training")
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .calculus import EPS, Gated, Memory, Sublayers
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-FORCE = ("__call__", "forward", "_inputs", "decay")  # the methods of a block that make its force
+FORCE = ("__call__", "forward", "_inputs", "state_decay")  # the methods of a block that make its force
 WEIGHTS: dict[type, set[str]] = {nn.Linear: {"weight"}, nn.LayerNorm: {"weight", "bias"}, Gated: {"weight", "gate"},
                                      Memory: {"weight"}, Sublayers: set()}
 OUTPUT = nn.Linear, Gated  # either

@@ -49,6 +49,11 @@ class Part:
         first, end = size * rank // ranks, size * (rank + 1) // ranks
         return cls(size, first, end - first, rank, ranks)
 
+    @classmethod
+    def alone(cls, size: int) -> "Part":
+        """The whole of a batch, which no other rank shares."""
+        return cls(size, 0, size)
+
     @property
     def rows(self) -> slice:
         """Of the whole batch, those that are this part's."""

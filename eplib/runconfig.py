@@ -13,7 +13,7 @@ from .controllers import Integral, Penalty
 from .data import DATA
 from .estimators import Beta, Estimator, second_phase
 from .models import Architecture, Model
-from .optimisers import Optimiser, UpdateRule
+from .optimisers import Optimiser
 from .solvers import Relaxation, Solver
 from .starts import LinearStart
 from .tasks import Dataset, Signal, Task
@@ -58,7 +58,7 @@ class RunConfig:
     start: LinearStart | None = None
     penalties: tuple[Penalty, ...] = ()
     gate: Annotated[float, Field(gt=0)] | None = None
-    optimiser: Annotated[Optimiser, PlainValidator(UpdateRule.read)] = Optimiser()
+    optimiser: Annotated[Optimiser, PlainValidator(Optimiser.read)] = Optimiser()
     steps: Positive
     batch: Positive = 16
     seed: Annotated[int, Field(ge=0)] = 0

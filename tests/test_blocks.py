@@ -79,7 +79,7 @@ def test_gates_stay_below_their_bound_and_a_learned_decay_above_zero_whatever_is
             if name in ("wo", "w2")}
         for share in opened.values():
             assert (share >= 0).all() and (share <= 0.4 + 1e-12).all() and share.max() > 0.39
-        assert (block.decay > 1 - 1e-12).all()
+        assert (block.state_decay > 1 - 1e-12).all()
         block.log_damping.zero_()
         assert torch.allclose(block(z, x), x - 1.5 * z + block.layers.parallel(z))
     with pytest.raises(ValidationError, match="damping above 0"):

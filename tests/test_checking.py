@@ -61,6 +61,18 @@ class Own(Dynamical):
         return By()
 
 
+class Leaky(Dynamical):
+    """F = x - decay z + tanh(W z), whose own attributes have names that come to mind."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.decay, self.damping = nn.Parameter(0.3 * torch.randn(5, 5)), nn.Parameter(torch.tensor(2.0)), 0.5
+
+    def forward(self, z, x):
+        return x - self.decay * z + torch.tanh(z @ self.weight)
+
+
 class System(models.Model):
     def __init__(self, mistake=None):
         super().__init__()
@@ -71,7 +83,7 @@ class System(models.Model):
 
     def loss(self, h, targets):
         losses = (h - targets).square().sum(-1) / 2
-        return losses.mean() if self.block.mistake == "mean" else losses
+        return losses.mean() if getattr(self.block, "mistake", None) == "mean" else losses
 
 
 def batch():
@@ -86,6 +98,13 @@ def test_of_a_right_block_nothing_is_wrong_and_the_model_stays_as_it_is():
     assert found.ok and str(found).startswith("nothing is wrong"), str(found)
     assert found.measured["gradient"] < 1e-3 and found.measured["J^T u"] < 1e-12
     assert all(torch.equal(value, before[name]) and value.dtype == torch.float32 for name, value in model.state_dict().items())
+
+
+def test_a_block_of_ones_own_names_its_parts_as_it_likes():
+    model = System()
+    model.block = Leaky()
+    found = check(model, *batch(), solver=Relaxation(step=0.4, max_steps=200))
+    assert found.ok, str(found)
 
 
 @pytest.mark.parametrize(("mistake", "says"), [

@@ -222,7 +222,7 @@ def penalty_value(penalty, model, z, x, step):
         strength, residual = penalty.strength, (norm(force) / norm(z)).max().item()
         if penalty.driven:
             strength = penalty.driven(residual, {}, strength)
-        decay = (torch.ones_like(z[0]) * model.block.decay).flatten()
+        decay = (torch.ones_like(z[0]) * model.block.state_decay).flatten()
         return strength * ((j + decay * eye) @ draw).square().sum((1, 2)).mean()
     if isinstance(penalty, Homeostasis):
         return penalty.strength * ((j - j.mT) @ draw).square().sum((1, 2)).mean()

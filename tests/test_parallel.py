@@ -19,6 +19,7 @@ import systems  # noqa: F401  (one thread)
 from eplib import blocks, estimators, kernels, parallel, solvers
 from eplib.config import configuration
 from eplib.controllers import ContractionRate, Homeostasis, Integral, JacobianNorm, ResidualDriven, ResidualPenalty
+from eplib.estimators import Batch
 from eplib.estimators.whole import agreed
 from eplib.models import Transformer
 from eplib.parallel import Part
@@ -306,6 +307,8 @@ def test_all_ranks_go_on_or_none_does(text, tmp_path):
     for other in Status:
         part.__dict__["other"] = other
         assert agreed(report.free, part).status is other
+        settled = Batch(trainer.model, inputs, targets, trainer.model.block, part).settle(solvers.Relaxation())
+        assert settled.status is other
 
 
 def test_ranks_that_have_come_apart_are_named():

@@ -30,7 +30,7 @@ class Dynamical(nn.Module):
         return False
 
     @property
-    def decay(self) -> Any:
+    def state_decay(self) -> Any:
         """1 + c, a number, or one of every channel (C,)."""
         return 1 + self.damping
 

@@ -27,7 +27,7 @@ class EquilibriumBlock(Dynamical):
         self.log_damping = nn.Parameter(torch.zeros(layers.width)) if learned else None
 
     @property
-    def decay(self) -> float | Tensor:
+    def state_decay(self) -> float | Tensor:
         return 1 + (self.damping if self.log_damping is None else self.damping * self.log_damping.exp())
 
     @property
@@ -39,11 +39,11 @@ class EquilibriumBlock(Dynamical):
         return alteration(self, EquilibriumBlock, {"layers": Sublayers})
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return x - self.decay * z + self.layers.parallel(z)
+        return x - self.state_decay * z + self.layers.parallel(z)
 
     def _by_hand(self, z: Tensor, x: Tensor) -> Jacobian:
         layers = self.layers
-        return Jacobian(ParallelSlope(layers, z), z, x, self.weights, self.decay, "layers.", layers.causal,
+        return Jacobian(ParallelSlope(layers, z), z, x, self.weights, self.state_decay, "layers.", layers.causal,
                         self.log_damping is not None)
 
     def weights(self) -> list[Tensor]:
@@ -54,7 +54,7 @@ class EquilibriumBlock(Dynamical):
         whole = type(self).output is not Dynamical.output or "output" in vars(self)  # may read out several tokens together
         if whole or projection(self) or self.altered() is not None or not self.layers.causal:
             return None
-        return Prefix(self.layers, self.decay)
+        return Prefix(self.layers, self.state_decay)
 
 
 @configuration

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..estimators import BACKWARD, LINEARISATION, PRODUCT, Problem, lanes
+from ..estimators.problem import counted
 from ..families import Family, owed
 from ..solvers import norm
 
@@ -63,17 +64,9 @@ def unit(a: Tensor, tokens: bool = False) -> Tensor:
     return a / size.clamp_min(torch.finfo(a.dtype).tiny)
 
 
-def counted(carried: dict[str, Tensor], key: str) -> int:
-    """How often this was called before; the count is carried, so that a resumed run goes on with it."""
-    count = int(carried.get(key, 0))
-    carried[key] = torch.tensor(count + 1)
-    return count
-
-
 def draw(problem: Problem, carried: dict[str, Tensor]) -> Tensor:
     """Random directions of norm 1, (B, ...), a new draw each call."""
-    z, generator = problem.state, torch.Generator().manual_seed(counted(carried, "draws"))
-    return unit(problem.part.mine(lambda size: torch.randn(size, *z.shape[1:], generator=generator, dtype=torch.float64)).to(z))
+    return unit(problem.normal(torch.Generator().manual_seed(counted(carried, "draws"))))
 
 
 def leading(problem: Problem, step: float, products: int, size: int) -> Tensor:

@@ -58,7 +58,7 @@ class JacobianNorm(Penalty):
     driven: ResidualDriven | None = None
 
     def __call__(self, problem: Problem, step: float, carried: dict[str, Tensor]) -> Outcome:
-        v, decay, strength = draw(problem, carried), problem.model.block.decay, self.strength
+        v, decay, strength = draw(problem, carried), problem.model.block.state_decay, self.strength
         if self.driven:
             with torch.no_grad():
                 residual = norm(problem.force(problem.state)) / norm(problem.state)

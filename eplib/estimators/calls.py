@@ -34,7 +34,7 @@ def gradient(model: Model, inputs: Tensor, targets: Tensor, *, estimator: Estima
     """
     second = second_phase(estimator, solver, nudged)
     refuse_misfits(model, inputs, targets, estimator, backend, penalties, start)
-    part = part or Part(len(inputs), 0, len(inputs))
+    part = part or Part.alone(len(inputs))
     if part.count != len(inputs):
         raise ValueError(f"inputs have {len(inputs)} samples, and the part of the batch {part.count}; give inputs[part.rows]")
     batch = Batch(model, inputs, targets, model.dynamics(backend), part, start, dict(state or {}))

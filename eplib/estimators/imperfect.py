@@ -15,23 +15,19 @@ from ..intact import bare
 from ..solvers import Solver, norm
 from .base import LINEARISATION, PRODUCT, Adjoint, Beta, ByAdjoint, Steps, linear_response
 from .nudged import corrected, lanes, real_points
-from .problem import Problem, Readout
+from .problem import Problem, Readout, counted
 
 Strength = Annotated[float, Field(ge=0)]
 
 
 def _draws(problem: Problem, key: str) -> torch.Generator:
-    """Another stream at every call; the count is carried, so that a resumed run goes on with it."""
-    drawn = problem.carried.get(key, torch.zeros(1, dtype=torch.long))
-    problem.carried[key] = drawn + 1
-    return torch.Generator().manual_seed(int(drawn))
+    """Another stream at every call."""
+    return torch.Generator().manual_seed(counted(problem.carried, key))
 
 
 def _noise(problem: Problem, like: Tensor, draws: torch.Generator) -> Tensor:
-    """Normal noise whose deviation is the root mean square of each sample of `like`, (B, ...)."""
-    size = norm(like) / math.sqrt(like[0].numel())
-    drawn = problem.part.mine(lambda count: torch.randn(count, *like.shape[1:], generator=draws, dtype=torch.float64))
-    return lanes(size, like) * drawn.to(like)
+    """Normal noise whose deviation is the root mean square of each sample of `like`, (B, ...) as the state."""
+    return lanes(norm(like) / math.sqrt(like[0].numel()), like) * problem.normal(draws)
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,8 @@ class NoisyEP(ByAdjoint):
             known = {field.name: getattr(problem, field.name) for field in fields(problem)}
             given = _Misnudged(**known, error=self.nudge * _noise(problem, problem.slope, draws))
         found = corrected(given, nudges, weights, solver)
+        if not self.state:
+            return found
         read = self.state * weights.square().sum().sqrt() * _noise(problem, problem.state, draws)
         return replace(found, value=found.value + read)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dynamics import InKernel, LinearInKernel, projection
 from ..solvers import Solution, Solver, norm
 from .base import FORCE, LINEARISATION, PRODUCT, Adjoint, asymmetric
-from .problem import Problem
+from .problem import Problem, counted
 from .rounds import Rounds
 
 Nudging = Literal["symmetric", "one-sided", "random-sign"]
@@ -28,9 +28,7 @@ def real_points(problem: Problem, beta: float, nudging: Nudging = "symmetric") -
         return nudges, 1 / (2 * nudges)
     nudges = problem.state.new_full((problem.state.shape[0], 1), beta)
     if nudging == "random-sign":
-        drawn = problem.carried.get("sign_draws", torch.zeros(1, dtype=torch.long))
-        problem.carried["sign_draws"] = drawn + 1
-        generator = torch.Generator().manual_seed(int(drawn))
+        generator = torch.Generator().manual_seed(counted(problem.carried, "sign_draws"))
         signs = problem.part.mine(lambda size: torch.randint(2, (size, 1), generator=generator))
         nudges = nudges * (2 * signs - 1).to(nudges)
     return nudges, 1 / nudges

@@ -35,6 +35,13 @@ class Readout(NamedTuple):
     direct: dict[str, Tensor]
 
 
+def counted(carried: dict[str, Tensor], key: str) -> int:
+    """How often this was called before; the count is carried, so that a resumed run goes on with it."""
+    count = int(carried.get(key, 0))
+    carried[key] = torch.tensor(count + 1)
+    return count
+
+
 @dataclass(frozen=True)
 class Problem:
     """One batch at a state, as a rule its free equilibrium. x (B, ...) and state (B, ...) without a graph.
@@ -57,13 +64,18 @@ class Problem:
         if self.dynamics is None:
             object.__setattr__(self, "dynamics", self.model.block)
         if self.part is None:
-            object.__setattr__(self, "part", Part(len(self.state), 0, len(self.state)))
+            object.__setattr__(self, "part", Part.alone(len(self.state)))
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
         """The block's parameters that require a gradient, by the model's names."""
         inside = {id(value) for value in self.model.block.parameters()}
         return {name: value for name, value in trained(self.model).items() if id(value) in inside}
+
+    def normal(self, generator: torch.Generator) -> Tensor:
+        """A normal draw of the state's shape, the same whatever part of the batch is here."""
+        return self.part.mine(lambda size: torch.randn(size, *self.state.shape[1:], generator=generator,
+                                                       dtype=torch.float64)).to(self.state)
 
     def force(self, z: Tensor) -> Tensor:
         """F(z) for states (B, ...) or for several per sample, (B, K, ...)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..models import Model
-from ..solvers import Solution, Status
+from ..solvers import Solution, Status, worst
 
 
 class GradientError(RuntimeError):
@@ -53,7 +53,7 @@ class Report:
     def status(self) -> Status:
         """The worse of the two phases; not finite where the gradient alone is that."""
         phases = [phase.status for phase in (self.free, self.nudged) if phase]
-        return Status.NONFINITE if self.failed == "gradient" else max(phases, key=list(Status).index)
+        return Status.NONFINITE if self.failed == "gradient" else worst(phases)
 
     def total(self, *, task: bool = True) -> dict[str, Tensor]:
         """The gradient of the mean loss plus that of all penalties, or of the penalties alone (task=False), {parameter name:

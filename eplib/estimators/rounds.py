@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import InKernel, LinearInKernel
-from ..solvers import Differences, Solution, Solver, Status
+from ..solvers import Differences, Solution, Solver, Status, worst
 from .base import FORCE, PRODUCT, asymmetric
 from .problem import Problem
 
@@ -79,7 +79,7 @@ class Rounds:
                         for name in ("steps", "rate"))
         self.steps = self.steps + torch.where(active, taken.clamp_min(1), 0)
         self.rate = torch.where(active, rates, self.rate)
-        self.status = max((phase.status for phase in phases), key=list(Status).index)
+        self.status = worst(phase.status for phase in phases)
         self.evaluations += sum(phase.evaluations * len(phase.steps) for phase in phases) / samples
 
     def _evaluate(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..models import Model
 from ..parallel import Part
-from ..solvers import Solution, Status
+from ..solvers import Solution, worst
 from .report import Report
 
 MEANS = ("force_evaluations", "penalty")  # of what is measured, besides names that end in _mean
@@ -17,7 +17,7 @@ MEANS = ("force_evaluations", "penalty")  # of what is measured, besides names t
 
 def agreed(phase: Solution, part: Part) -> Solution:
     """The phase with the status of the worst sample of the whole batch: all ranks go on from it, or none does."""
-    return phase if part.ranks == 1 else replace(phase, status=_worst(part.pooled(phase.status)))
+    return phase if part.ranks == 1 else replace(phase, status=worst(part.pooled(phase.status)))
 
 
 def whole(report: Report, model: Model, part: Part) -> Report:
@@ -52,7 +52,7 @@ def _ends(phase: Solution) -> tuple:
 def _joined(phase: Solution, shares: list[float], ends: list[Any]) -> Solution:
     residuals, steps, rates, evaluations, statuses, fallbacks = zip(*ends, strict=True)
     return Solution(phase.value, torch.cat(residuals), torch.cat(steps), torch.cat(rates), _up(_mean(shares, evaluations)),
-                    _worst(statuses), sum(fallbacks))
+                    worst(statuses), sum(fallbacks))
 
 
 def _measured(shares: list[float], parts: list[dict[str, float]]) -> dict[str, float]:
@@ -72,7 +72,3 @@ def _mean(shares: list[float], values: Any) -> float:
 
 def _up(count: float) -> int:
     return math.ceil(count - 1e-9)
-
-
-def _worst(statuses: Any) -> Status:
-    return max(statuses, key=list(Status).index)

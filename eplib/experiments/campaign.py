@@ -21,7 +21,7 @@ from ..solvers import Anderson, FixedHorizon, Homotopy, Relaxation, Snapshot, So
 from ..store.runs import Run
 
 Batch = tuple[Tensor, Tensor]
-FRESH = 10_000  # number of the first batch that gradients are compared on: another draw of the training text than any of the run's
+FRESH = 10_000  # number of the first batch that gradients are compared on: another draw of the training text than the run's
 STEP = 0.25  # of plain relaxation and of BPTT: the map whose rate is held
 HORIZONS = (80, 160)  # steps of BPTT: 20 and 40 units of time
 PLAIN = Relaxation(step=STEP, max_steps=HORIZONS[1], tol=1e-5)

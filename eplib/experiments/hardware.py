@@ -201,7 +201,7 @@ def asked(model: Model, inputs: Tensor, targets: Tensor, rule: Any, solver: Solv
     free = model.settle(inputs, solver)
     counted: Any = Counted(model.block, counts)
     model.block.linearise = counted.linearise  # type: ignore[method-assign]  # of the copy, for what needs a graph
-    batch = Batch(model, inputs, targets, counted, Part(len(inputs), 0, len(inputs)), free.value)
+    batch = Batch(model, inputs, targets, counted, Part.alone(len(inputs)), free.value)
     if isinstance(rule, Estimator):
         rule.gradient(batch, solver, solver if rule.second_phase else None)
         counts["F"] -= 1  # of the free state, which is settled

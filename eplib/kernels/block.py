@@ -70,7 +70,7 @@ class CompiledBlock:
         self.held = self.block.weights()  # so that no other tensor takes their place in memory
         self.written = writes(self.held)
         weights = [plain(value.detach()) for value in weights_of(layers)]
-        self.decay = plain((self.block.decay + torch.zeros(self.width)).detach())
+        self.decay = plain((self.block.state_decay + torch.zeros(self.width)).detach())
         self.packed = torch.empty(self.library.eplib_packed(self.width, self.hidden))
         self.library.eplib_pack(self.width, self.hidden, *map(pointer, weights), pointer(self.packed))
 

@@ -466,7 +466,7 @@ struct Pass {
                 for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
                 const float top = largest(most);
                 for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
-                for (int j = count; j < end; j++) w[j] = 0;  // e^-80 in a sum of at least 1 is nothing
+                for (int j = count; j < end; j++) w[j] = 0;  // 2^-80 in a sum of at least 1 is nothing
             }
             const float share = cache.share[query(r, h)] = 1 / total(sum);
             for (int j = 0; j < end; j += LANES) at(w + j) *= share;
@@ -705,7 +705,8 @@ struct Adjoint {
                 auto drawn = [&](int k) { return &pass.wide[size_t(k) * padded(C + pass.E)] + h * D; };
                 float *to = sent + size_t(rows[i].sample) * pass.T * 2 * C + h * D;
                 spread(before, D, ds(i), q(i), ds(j), j > i ? q(j) : none, to, 2 * C);
-                spread(before, D, pass.weight(rows[i], h), drawn(i), pass.weight(rows[j], h), j > i ? drawn(j) : none, to + C, 2 * C);
+                spread(before, D, pass.weight(rows[i], h), drawn(i), pass.weight(rows[j], h), j > i ? drawn(j) : none, to + C,
+                       2 * C);
             }
     }
 };
@@ -892,7 +893,8 @@ void eplib_product(const Shape *s, const float *packed, const Cache *cache, int 
 }
 
 // Every token's probe v (samples, T, C), refined by so many products v <- (I + step J_tt) v scaled to norm 1, and what one more
-// makes of it, in `moved`. A few tokens at a time, so that what is kept of them stays in the fast caches from product to product.
+// makes of it, in `moved`. A few tokens at a time, so that what is kept of them stays in the fast caches from product to
+// product.
 void eplib_probe(const Shape *s, const float *packed, const Cache *cache, int samples, float step, int products, float *v,
                  float *moved, int threads) {
     const int C = s->width, all = samples * s->tokens, groups = (all + ROWS - 1) / ROWS;
@@ -930,7 +932,7 @@ void eplib_transposed(const Shape *s, const float *packed, const Cache *cache, i
 // to (A, padded B) = sum over k < count of a_k b_k^T, for a (count, A) and b (count, B): the read-out.
 void eplib_outer(int count, int A, int B, const float *a, const float *b, float *to, int threads) {
     threads = std::max(1, std::min(threads, A / HELD));
-    const int share = ((A + HELD - 1) / HELD + threads - 1) / threads * HELD;  // long pieces of the rows of a, which are read in order
+    const int share = ((A + HELD - 1) / HELD + threads - 1) / threads * HELD;  // long pieces of the rows of a, read in order
     std::atomic<int> next{0};
     parallel(threads, [&] {
         for (int r; (r = share * next++) < A;) outer_products(count, A, B, a, b, r, std::min(A, r + share), to);

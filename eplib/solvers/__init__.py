@@ -18,8 +18,8 @@ from .base import Solver
 from .homotopy import Homotopy
 from .horizons import FixedHorizon, Snapshot
 from .relaxation import Relaxation
-from .solution import Solution, Status, norm, refuse_rounding, relative_force
+from .solution import Solution, Status, norm, refuse_rounding, relative_force, worst
 from .substitution import Substitution
 
 __all__ = ["Anderson", "Differences", "FixedHorizon", "Homotopy", "MixedPrecision", "Relaxation", "Snapshot", "Solution",
-           "Solver", "Status", "Substitution", "norm", "refuse_rounding", "relative_force"]
+           "Solver", "Status", "Substitution", "norm", "refuse_rounding", "relative_force", "worst"]

@@ -106,7 +106,7 @@ class Solver(Family):
                           rough=self._rough(slope, part), linear=True)
 
     def _rough(self, batch: Tensor, part: Part | None) -> Part | None:
-        return (part or Part(len(batch), 0, len(batch))) if self.coarse is not None else None
+        return (part or Part.alone(len(batch))) if self.coarse is not None else None
 
     @torch.no_grad()
     def solve(self, force: Force, start: Tensor, measure: Measure = relative_force, rough: Part | None = None,

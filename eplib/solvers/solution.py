@@ -1,5 +1,6 @@
 """How a phase ended, and in what its residual is counted."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,6 +20,11 @@ class Status(Enum):
     def usable(self) -> bool:
         """Whether a gradient may be read from the phase (its residual says how good it is)."""
         return self in (Status.CONVERGED, Status.MAX_STEPS)
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """The last of them in the order of `Status`."""
+    return max(statuses, key=list(Status).index)
 
 
 @dataclass(frozen=True)

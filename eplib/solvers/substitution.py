@@ -12,7 +12,7 @@ from ..dynamics import InKernel
 from ..parallel import Part
 from .anderson import Anderson
 from .base import Count
-from .solution import Solution, Status, norm
+from .solution import Solution, norm, worst
 
 
 @configuration
@@ -52,5 +52,5 @@ class Substitution(Anderson):
         steps = torch.stack([part.steps * s for part, s in zip(parts, share, strict=True)]).sum(0).ceil().long()
         evaluations = math.ceil(sum(part.evaluations * s for part, s in zip(parts, share, strict=True)))
         return Solution(value, squares.sqrt() / norm(value), steps, torch.stack([part.rate for part in parts]).amax(0),
-                        evaluations, max((part.status for part in parts), key=list(Status).index),
+                        evaluations, worst(part.status for part in parts),
                         sum(part.fallbacks for part in parts))
