@@ -145,8 +145,7 @@ def text(references: dict[str, Reference], root: Path = ROOT) -> str:
     workers = quick.machine.get("cores") or 1
     trained, notebooks = (sum(run[0] for run in quick.runs.values()) / workers, sum(quick.seconds.values()))
     try:
-        times = verify.cost(quick, plans["quick"])
-        fast = sum(times[name] or 0.0 for name in verify.cheap(quick, root))
+        fast = sum(verify.cheap(quick, plans["quick"]).values())
     except PipelineError:
         fast = None
     head = HEAD.format(repro=minutes(trained + notebooks), verify=minutes(fast), paper=minutes(sum(paper.seconds.values())),

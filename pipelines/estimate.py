@@ -25,7 +25,7 @@ import eplib
 from eplib import blocks, estimators, models, solvers
 from eplib.config import ConfigurationError
 from eplib.kernels import available
-from eplib.profiles import configurations, run_folder
+from eplib.profiles import configurations
 from eplib.provenance import machine
 from eplib.settings import name_of
 from eplib.store.records import Store
@@ -33,6 +33,7 @@ from eplib.training import RunConfig
 from pipelines.common import ROOT, PipelineError, command, dumps, load_profile, processors, read_json
 from pipelines.plan import Plan
 from pipelines.stages import decided_by
+from pipelines.train import place
 
 UNIT_SECONDS = 3.0  # of gradients with each backend
 EVALUATIONS = 1.3  # a run's whole time over that of its steps, where the whole was not recorded (quick: 1,038 over 811 s)
@@ -104,20 +105,25 @@ def recorded(profile: str, root: Path = ROOT) -> dict[str, list]:
     return found
 
 
+def path_of(profile: str, root: Path = ROOT) -> Path:
+    """Where the reference values of a profile lie."""
+    return root / "results" / "reference" / f"{name_of(profile)}.json"
+
+
 def kept(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """The reference of a profile as its file has it, {} where there is none."""
-    path = root / "results" / "reference" / f"{name_of(profile)}.json"
+    path = path_of(profile, root)
     return read_json(path) if path.is_file() else {}
 
 
 def seconds_of(configs: Iterable[RunConfig], profile: str, root: Path = ROOT) -> list[Recorded | None]:
     """What each run took where it, or else one of its arm or its experiment, was recorded; None where none was."""
     known = kept(profile, root).get("runs", {}) | recorded(profile, root)
-    steps = {f"{one.experiment}/{run_folder(one)}": one for group in load_profile(profile, root).get("runs") or {}
+    steps = {place(one): one for group in load_profile(profile, root).get("runs") or {}
              for one in configurations(profile, group, root)}
     found: list[Recorded | None] = []
     for config in configs:
-        if own := known.get(f"{config.experiment}/{run_folder(config)}"):
+        if own := known.get(place(config)):
             found.append(Recorded(*own))
             continue
         alike = [(one, known[name]) for name, one in steps.items() if name in known and one.experiment == config.experiment]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from eplib.settings import name_of
 from pipelines import claims, estimate
-from pipelines.common import ROOT, PipelineError, load_profile, planned, read_json
+from pipelines.common import ROOT, PipelineError, load_profile, load_yaml, planned, read_json
+from pipelines.estimate import path_of
+from pipelines.stages import pipeline_path
 from pipelines.tolerance import class_of, leaves
 
 RECORDED = "9 digits"  # what tables and means of recorded runs keep, where nothing is trained again
@@ -58,11 +60,6 @@ def places(values: dict[str, Any]) -> dict[str, Any]:
     return {f"{file}: {key}": value for file, content in values.items() for key, value in leaves(content)}
 
 
-def path_of(profile: str, root: Path = ROOT) -> Path:
-    """Where the reference values of a profile lie."""
-    return root / "results" / "reference" / f"{name_of(profile)}.json"
-
-
 def results_of(profile: str, root: Path = ROOT) -> dict[str, Any]:
     """Results file -> content of every notebook of a profile that has run."""
     folder = root / "results" / name_of(profile)
@@ -71,9 +68,14 @@ def results_of(profile: str, root: Path = ROOT) -> dict[str, Any]:
 
 
 def sources_of(profile: str, root: Path = ROOT) -> dict[str, str]:
-    """Stage -> digest of what decides it, as its last run wrote that."""
+    """Stage -> digest of what decides it, as its last run wrote that; where none has run here, as DVC's lock file has it."""
     folder = root / "results" / name_of(profile) / "sources" / "stages"
-    return {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(folder.glob("*.json"))}
+    if found := {path.stem: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.json"))}:
+        return found
+    lock = (root / pipeline_path(profile)).with_suffix(".lock")
+    stages = load_yaml(lock)["stages"].values() if lock.is_file() else ()
+    deps = (dep for stage in stages for dep in stage.get("deps") or () if "/sources/stages/" in dep["path"])
+    return {Path(dep["path"]).stem: dep["md5"] for dep in deps}
 
 
 def gather(profile: str, root: Path = ROOT) -> Reference:
@@ -89,7 +91,7 @@ def load(profile: str, root: Path = ROOT) -> Reference:
     path, own = path_of(profile, root), gather(profile, root) if name_of(profile) == "paper" else None
     if not path.is_file():
         if own:
-            return own
+            return replace(own, seconds={})  # how long its notebooks took is not in git
         raise PipelineError(f"there are no reference values of profile {profile!r} ({path.relative_to(root)}); write them from "
                             f"finished results: python -m pipelines.reference --profile {profile}")
     kept = read_json(path)

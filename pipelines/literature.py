@@ -20,7 +20,7 @@ from typing import Any
 from eplib.settings import name_of
 from eplib.verdicts import TESTS, UNDECIDED
 from pipelines.claims import look_up, verdict
-from pipelines.common import ROOT, PipelineError, load_yaml, read_json
+from pipelines.common import ROOT, PipelineError, load_yaml
 
 COLUMNS = ["claim of the reference", "origin", "our evidence", "verdict", "comparability"]
 REQUIRED, OPTIONAL = {"claim", "origin", "comparable"}, {"ours", "holds", "seeds", "unit"}
@@ -49,8 +49,7 @@ def evidence(row: dict[str, Any], profile: str, root: Path = ROOT) -> tuple[str,
     if ours is None:
         return NOWHERE, UNDECIDED
     if "row" in ours:
-        path = results / ours["file"]
-        known = [found for found in read_json(path)["rows"] if found[0].startswith(ours["row"])] if path.is_file() else []
+        known = [found for found in look_up(results, ours["file"], "rows") or () if found[0].startswith(ours["row"])]
         return (known[0][1], known[0][2]) if known else (NOWHERE, UNDECIDED)
     found = look_up(results, ours["file"], ours["key"])
     shown = words(found, row.get("unit", ""))

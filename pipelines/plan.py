@@ -45,8 +45,7 @@ class Plan:
     @cached_property
     def read(self) -> dict[str, list[str]]:
         """Notebook -> the groups of runs that it reads: its own, and those whose names stand in its code as strings."""
-        return {name: sorted(group for group in self.groups if group == name or group in strings(source))
-                for name, source in self.notebooks.items()}
+        return {name: sorted({*self.groups} & {name, *strings(source)}) for name, source in self.notebooks.items()}
 
     @cached_property
     def plugins(self) -> dict[str, Path]:

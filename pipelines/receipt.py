@@ -87,7 +87,7 @@ def made(known: Reference, ours: Reference, here: Reference, again: Sequence[str
             "stages": stages, "claims": decided, "values": rows}
 
 
-def write(found: dict[str, Any], target: Path, root: Path = ROOT) -> None:
+def write(found: dict[str, Any], target: Path) -> None:
     """Write a receipt as HTML at `target` and as JSON beside it; what lies there already is compared first."""
     found["since"] = since(found["values"], target.with_suffix(".json"))
     places = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,

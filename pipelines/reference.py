@@ -14,20 +14,18 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from eplib.settings import name_of
 from pipelines import artifact, close, estimate, verify
-from pipelines.common import ROOT, PipelineError, command, load_profile, planned, read_json, reported, write_text
+from pipelines.common import ROOT, PipelineError, command, read_json, reported, write_text
 from pipelines.expected import Reference, gather, path_of, places, results_of, text_of
+from pipelines.plan import Plan
 from pipelines.tolerance import surviving
 
 
 def write(profile: str, root: Path = ROOT, digits: dict[str, str] | None = None) -> Reference:
     """Write the reference of a finished profile; raises PipelineError where a notebook has no results."""
     found, path = gather(profile, root), path_of(profile, root)
-    results = root / "results" / name_of(profile)
-    names = planned(load_profile(profile, root), root)
-    if lacking := [name for name in names if not (results / name / "index.json").is_file()]:
-        raise PipelineError(f"profile {profile} is not finished: no results of {', '.join(lacking)}; run them first")
+    if lacking := close.missing_notebooks(profile, root):
+        raise PipelineError(f"profile {profile} is not finished: no {', '.join(lacking)}; run them first")
     before = read_json(path).get("digits", {}) if path.is_file() else {}
     there = places(found.values)
     digits = {place: text for place, text in sorted((before | (digits or {})).items()) if place in there}
@@ -42,7 +40,7 @@ def write(profile: str, root: Path = ROOT, digits: dict[str, str] | None = None)
 def measured(profile: str, root: Path = ROOT) -> dict[str, str]:
     """Place -> what of it survives without vector instructions, for the cheap stages of a finished profile, run again so."""
     own = gather(profile, root)
-    names = verify.cheap(own, root)
+    names = list(verify.cheap(own, Plan(profile, root)))
     with verify.scratch_tree(root) as scratch:
         verify.rerun(own.profile, names, scratch, verify.OTHER)
         others = places(results_of(profile, scratch))

@@ -55,7 +55,9 @@ def compare(theirs: Any, ours: Any, tolerance: str) -> str:
     """One of WORDS for a reference value and the one at hand."""
     if theirs == ours and isinstance(theirs, bool) == isinstance(ours, bool):
         return EQUAL
-    if tolerance == STATISTICAL:
+    if (theirs is None) != (ours is None):  # a run that diverged has no value
+        return DIFFERS
+    if tolerance == STATISTICAL and not (isinstance(theirs, str) and not NUMBER.search(theirs)):
         return overlap(theirs, ours)
     if isinstance(theirs, str) and isinstance(ours, str):  # numbers in words: the words are the same, the numbers near
         pairs = zip(map(float, NUMBER.findall(theirs)), map(float, NUMBER.findall(ours)), strict=False)
@@ -83,10 +85,10 @@ def near(theirs: float, ours: float, tolerance: str) -> bool:
 def overlap(theirs: Any, ours: Any) -> str:
     """Two results of a training: by their intervals, without such within ten percent, and otherwise not decided."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        ends: list[Any] = [theirs["low"], theirs["high"], ours["low"], ours["high"]]
+        ends: list[Any] = [one.get(side) for one in (theirs, ours) for side in ("low", "high")]
         if all(map(number, ends)):
             return WITHIN if ends[0] <= ends[3] and ends[2] <= ends[1] else DIFFERS
-        theirs, ours = theirs["mean"], ours["mean"]
+        theirs, ours = (one.get("mean", one.get("value")) for one in (theirs, ours))
     close = number(theirs) and number(ours) and abs(theirs - ours) <= SHARE * max(abs(theirs), abs(ours))
     return WITHIN if close else UNDECIDED
 

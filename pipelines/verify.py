@@ -6,8 +6,9 @@ tolerance class, and write a receipt.
     python -m pipelines.verify --profile quick --stage mnist    this one
 
 What is not run again is compared as its last run left it here, in results/. The paper profile's runs are not trained again: its
-notebooks read the recorded ones. The receipt is paper/build/P/receipt.html and receipt.json. Exit code 0: every value is equal
-or within its tolerance and every claim has its verdict; 1: some are not; 2: nothing could be compared.
+notebooks read the recorded ones. The receipt is paper/build/P/receipt.html and receipt.json. Exit code 0: no value
+differs by more than its tolerance or is missing, and every claim has its verdict (a number that a training ends at, without an
+interval and more than ten percent away, decides nothing); 1: some do; 2: nothing could be compared.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from eplib.profiles import configurations, run_folder
+from eplib.profiles import configurations
 from eplib.settings import name_of
 from eplib.tasks import Mnist, Text
 from eplib.training import RunConfig
@@ -31,6 +32,7 @@ from pipelines.common import ROOT, PipelineError, command, processors
 from pipelines.expected import Reference, gather, load
 from pipelines.plan import Plan
 from pipelines.smoke import copy_tree, environment
+from pipelines.train import place
 
 CHEAP = 300.0  # recorded seconds of the stages that are run again by default
 OTHER = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}  # PyTorch and MKL without vector instructions
@@ -47,23 +49,22 @@ def cost(known: Reference, plan: Plan) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in plan.notebooks:
         configs = runs_of(plan, [name])
-        times = [known.runs.get(f"{one.experiment}/{run_folder(one)}") for one in configs]
-        own, workers = known.seconds.get(name), min(processors(), max(1, len(configs)))
+        times = [known.runs.get(place(one)) for one in configs]
+        own, workers = known.seconds.get(name), min(known.machine.get("cores") or processors(), max(1, len(configs)))
         found[name] = None if own is None or None in times else own + sum(one[0] for one in times if one) / workers
     return found
 
 
-def cheap(known: Reference, root: Path = ROOT) -> list[str]:
-    """The notebooks of a profile that are run again by default, the cheapest and as many as fit; raises PipelineError if no
-    recorded time says which."""
-    times = {name: seconds for name, seconds in cost(known, Plan(known.profile, root)).items() if seconds is not None}
+def cheap(known: Reference, plan: Plan) -> dict[str, float]:
+    """The notebooks of a profile that are run again by default, the cheapest and as many as fit, with their seconds; raises
+    PipelineError if no recorded time says which."""
+    times = {name: seconds for name, seconds in cost(known, plan).items() if seconds is not None}
     if not times:
         raise PipelineError(f"profile {known.profile}: no time of a stage is recorded, none is known to be cheap; give --all")
-    found, spent = list[str](), 0.0
+    found = dict[str, float]()
     for name in sorted(times, key=times.__getitem__):
-        spent += times[name]
-        if spent <= CHEAP or not found:
-            found.append(name)
+        if not found or sum(found.values()) + times[name] <= CHEAP:
+            found[name] = times[name]
     return found
 
 
@@ -101,7 +102,8 @@ def rerun(profile: str, names: Sequence[str], scratch: Path, settings: dict[str,
         shutil.rmtree(scratch / "results" / plan.name / name, ignore_errors=True)
     if not call("stages", "--write", "--profile", profile) or not call("sources", "--profile", profile):
         raise PipelineError("the sources of the stages could not be written: see above")
-    if (data := data_of(configs)) and not call("data", *data):
+    data = ["plays-chars"] if plan.in_git else data_of(configs)  # of recorded runs the notebooks read the tokens alone
+    if data and not call("data", *data):
         raise PipelineError("the data could not be prepared: see above")
     for group in dict.fromkeys(one.experiment for one in configs):
         if not call("train", "--profile", profile, "--experiment", group):
@@ -115,7 +117,7 @@ def rerun(profile: str, names: Sequence[str], scratch: Path, settings: dict[str,
 def verify(profile: str, names: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Do what the module says, with the stages of these notebooks, the cheap ones by default; returns the exit code."""
     known, plan, began = load(profile, root), Plan(profile, root), time.monotonic()
-    names = cheap(known, root) if names is None else list(names)
+    names = list(cheap(known, plan)) if names is None else list(names)
     if unknown := [name for name in names if name not in plan.notebooks]:
         raise PipelineError(f"profile {profile} has no stage {', '.join(unknown)}; it has {', '.join(plan.notebooks)}")
     print(f"== verify, profile {plan.name}: {', '.join(names)} once more, in a scratch folder")
@@ -126,7 +128,7 @@ def verify(profile: str, names: Sequence[str] | None = None, root: Path = ROOT) 
     found = receipt.made(known, ours, gather(profile, root), names, failed, root) | {
         "seconds": round(time.monotonic() - began)}
     target = root / "paper" / "build" / name_of(profile) / "receipt.html"
-    receipt.write(found, target, root)
+    receipt.write(found, target)
     print("\n".join(receipt.lines(found)))
     print(f"receipt  {target.relative_to(root)}, receipt.json beside it")
     return 2 if not found["counts"] else 0 if found["agrees"] else 1

@@ -117,6 +117,34 @@ def test_a_size_that_was_not_trained_is_estimated_for_the_arms_that_were():
     assert 9 < per_step[2048, label] / per_step[512, label] < 32  # C^2 and T, less the readout
 
 
+def row(arm: str, seed: int, **known: object) -> list:
+    return [plotting.label(arm), seed, *(known.get(name.replace(" ", "_")) for name in campaign_tables.HISTORY[2:])]
+
+
+def test_histories_are_judged_over_all_their_seeds():
+    rows = {"X3": [row("bptt", seed, excursions=count) for seed, count in enumerate((900, 7, 0))],
+            "X4": [row("warm_a", seed, first_task_gradient=step) for seed, step in enumerate((1, 5))],
+            "X5": [row("norm_weak", 0, final_loss=2.0), row("norm_strong", 0, final_loss=2.5)],
+            "X6": [row("ep_linear", 0, largest_abscissa=-0.3), row("ep_linear", 1, largest_abscissa=-0.2),
+                   row("control_off", 0, largest_abscissa=-0.1), row("control_off", 1, largest_abscissa=0.5)]}
+    found = campaign_verdicts.of_runs(rows)
+    assert (found["x3_excursions"], found["x4_waited"], found["x5_price"]) == (907, 4, 0.5)
+    assert found["x6_off"] == pytest.approx(0.2) and found["x6_frozen"] is None
+    assert campaign_verdicts.of_runs(rows | {"X5": rows["X5"][:1]})["x5_price"] is None
+
+
+def test_a_phase_that_diverged_has_lost_the_direction():
+    held = [[plotting.label("ep"), 0, 2.0, 1e-5, 0.999, 1.0, 1.0, 1.0, 1.0]]
+    assert campaign_verdicts.triangulation(held)["x1_cosine"] == 0.999
+    diverged = [*held, [plotting.label("ep"), 10, 2.0, None, None, None, None, None, None]]
+    assert campaign_verdicts.triangulation(diverged)["x1_cosine"] == -1.0
+
+
+def test_the_best_step_along_ep_is_a_share_of_the_best_along_bptt():
+    rows = [[plotting.label("ep"), "EP", -0.01, -0.09, -0.09], [plotting.label("ep"), "BPTT", -0.02, -0.1, -0.1]]
+    assert campaign_verdicts.one_step(rows)["x2_share_ep"] == pytest.approx(0.9)
+
+
 def test_a_table_of_weights_is_measured_where_they_are_and_else_kept_for_the_same_runs(tmp_path):
     here, gone = SimpleNamespace(name="a", has_weights=lambda: True), SimpleNamespace(name="a", has_weights=lambda: False)
     path = tmp_path / "results" / "paper" / "campaign" / "X8.json"
@@ -124,7 +152,7 @@ def test_a_table_of_weights_is_measured_where_they_are_and_else_kept_for_the_sam
     path.write_text(json.dumps({"of": ["a"], "rows": [[1]]}))
     assert campaign_tables.rows_of("paper", "X8", [here], lambda: [[2]], tmp_path) == [[2]]
     assert campaign_tables.rows_of("paper", "X8", [gone], lambda: [[2]], tmp_path) == [[1]]
-    assert campaign_tables.rows_of("paper", "X8", [gone, here], lambda: [[2]], tmp_path) == [[2]]
+    assert campaign_tables.rows_of("paper", "X8", [gone, here], lambda: [[2]], tmp_path) == []
     assert campaign_tables.rows_of("paper", "X8", [SimpleNamespace(name="b", has_weights=lambda: False)], list, tmp_path) == []
     assert campaign_tables.rows_of("paper", "X9", [], lambda: [[2]], tmp_path) == []
 

@@ -152,8 +152,9 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     runs += [branch("two", 2.0 + noise[s] + rule[s], s, 100) for s in range(3)] + [branch("two", 1.5, 0, 200)]
     assert list(branches.by_step(runs)) == [100, 200] and set(branches.by_step(runs)[100]) == {"linear", "two"}
     half = 4.302652729911275 * 0.001 / 3**0.5  # Student's t of 2 degrees of freedom
+    runs[5].metrics["without_gradient"] = 4
     early, late = branches.rows(runs, "linear", margin=0.01)
-    assert early[:2] + early[3:] == [32, 100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100", 0]
+    assert early[:2] + early[3:] == [32, 100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100", 4]
     assert late[:2] + late[3:6] == [32, 200, 1, "+0.5000", seeds.UNDECIDED]
     found = branches.summary(runs, "linear")
     assert found["two_minus_linear_100"] == {"mean": pytest.approx(0.002), "low": pytest.approx(0.002 - half),

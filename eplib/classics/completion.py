@@ -15,10 +15,10 @@ from ..config import configuration
 from ..data import DATA
 from ..models import IGNORED, Architecture, Model
 from ..tasks import Dataset, ImageDataset, Mnist, Signal, Task
+from ..tasks.base import EPOCH
 
 Positive = Annotated[int, Field(ge=1)]
 GREY = (0.5 - 0.1307) / 0.3081  # half of full brightness, in the units of the normalised pixels
-PRIME = 1_000_003
 
 
 @configuration
@@ -56,7 +56,7 @@ class MaskedImages(Dataset):
         self.signal = HiddenPatches(tokens=images.signal.tokens, size=images.signal.size)  # type: ignore[attr-defined]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self._masked(self.images.batch(step)[0], PRIME * self.seed + step)
+        return self._masked(self.images.batch(step)[0], EPOCH * self.seed + step)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         for count, part in enumerate(self.images.test[0][:self.task.tested].split(500)):

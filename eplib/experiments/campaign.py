@@ -15,7 +15,7 @@ from .. import spectra
 from ..blocks import Jacobian
 from ..diagnostics import agreement, attention_distance, fingerprint, triangulation
 from ..estimators import BPTT, AsymEP, DyadicEP, Estimator, HolomorphicEP, Report, Tracking, gradient
-from ..kernels import available, knows
+from ..kernels import available
 from ..models import Backend, Model
 from ..solvers import Anderson, FixedHorizon, Homotopy, Relaxation, Snapshot, Solver
 from ..store.runs import Run
@@ -61,9 +61,7 @@ def loss_near(run: Run, step: int) -> float:
 
 def backend_of(run: Run, estimator: Estimator) -> Backend:
     """What computes an estimator's phases on the run's block fastest."""
-    model = run.config.model
-    fits = available() and estimator.compiled and knows(model.block, model.width, model.heads)  # type: ignore[attr-defined]
-    return "compiled" if fits else "torch"
+    return "compiled" if available() and estimator.compiled and run.config.model.in_kernel else "torch"
 
 
 def taken(run: Run, step: int | None, some: Iterable[Batch], estimator: Estimator, solver: Solver = SETTLE,

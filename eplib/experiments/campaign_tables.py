@@ -43,10 +43,10 @@ def names(runs: Iterable[Run]) -> list[str]:
 
 
 def rows_of(profile: str, table: str, runs: Iterable[Run], measure: Callable[[], Rows], root: Path = ROOT) -> Rows:
-    """The rows of a table of the runs' weights: measured where any of these is here, else those that were recorded of the very
+    """The rows of a table of the runs' weights: measured where all of these are here, else those that were recorded of the very
     same runs, as results travel and weights do not; none where there are neither."""
     runs = list(runs)
-    if any(run.has_weights() for run in runs):
+    if runs and all(run.has_weights() for run in runs):
         return measure()
     path = root / "results" / name_of(profile) / "campaign" / f"{table}.json"
     recorded = json.loads(path.read_text()) if path.exists() else {}
@@ -147,14 +147,14 @@ def last_of(rows: Rows, arm: str, column: int, key: int = 0) -> float | None:
     return mine[-1] if mine else None
 
 
+def lost(value: float | None) -> bool:
+    """Whether a phase that diverged left no number."""
+    return value is None or not math.isfinite(value)
+
+
 def lowest(values: Iterable[float | None]) -> float | None:
     """The lowest of those that are numbers; None where none is."""
     return min((value for value in values if value is not None and math.isfinite(value)), default=None)
-
-
-def highest(values: Iterable[float | None]) -> float | None:
-    """The highest of those that are numbers; None where none is."""
-    return max((value for value in values if value is not None and math.isfinite(value)), default=None)
 
 
 def evaluations(widths: Mapping[int, Arms]) -> dict[str, float]:

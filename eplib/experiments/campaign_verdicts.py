@@ -7,14 +7,15 @@ from .. import plotting, verdicts
 from ..store import tables
 from ..store.comparisons import excursions
 from ..store.runs import Run
-from .campaign_tables import HELD, HISTORY, Arms, Rows, last_of, lowest
+from .campaign_tables import HELD, HISTORY, Arms, Rows, last_of, lost, lowest
 
 
 def triangulation(rows: Rows) -> dict[str, Any]:
-    """Of X1: the lowest cosine of the held rules, and at the last weights cosine and norm ratio of each arm."""
+    """Of X1: the lowest cosine of the held rules, -1 where a phase diverged, and at the last weights cosine and norm ratio of
+    each arm."""
     held = [row for row in rows if row[0] in map(plotting.label, HELD)]
     arms = (*HELD, "bptt", "recipe_tracking", "recipe_frozen", "ep_uncontrolled")
-    return {"x1_cosine": lowest(row[4] for row in held),
+    return {"x1_cosine": lowest(-1.0 if lost(row[4]) else row[4] for row in held),
             **{f"x1_cosine_{arm}": last_of(rows, arm, 4) for arm in arms},
             **{f"x1_ratio_{arm}": last_of(rows, arm, 6) for arm in arms}}
 
@@ -30,20 +31,26 @@ def one_step(rows: Rows) -> dict[str, Any]:
 
 
 def of_runs(rows: Mapping[str, Rows]) -> dict[str, Any]:
-    """Of X3 to X6, by the rows of `HISTORY` in each; of seeds the last."""
-    def less(a: Any, b: Any) -> float | None:
-        return None if a is None or b is None else a - b
+    """Of X3 to X6, by the rows of `HISTORY` in each: excursions over all seeds, of what was waited the most, of differences,
+    seed by seed, the least."""
+    def column(section: str, arm: str, name: str) -> dict[int, Any]:
+        return {row[1]: row[HISTORY.index(name)] for row in rows.get(section, []) if row[0] == plotting.label(arm)}
 
-    def column(section: str, arm: str, name: str) -> Any:
-        return last_of(rows.get(section, []), arm, HISTORY.index(name))
+    def waited(arm: str) -> int | None:
+        first = list(column("X4", arm, "first task gradient").values())
+        return None if not first or None in first else max(first) - 1
 
-    waited, edge, price = "first task gradient", "largest abscissa", rows.get("X5", [])
-    grid = [row[HISTORY.index("final loss")] for row in price]  # from the weakest to the strongest
-    held = column("X6", "ep_linear", edge)
-    return {"x3_excursions": column("X3", "bptt", "excursions"), "x4_waited": less(column("X4", "warm_a", waited), 1),
-            "x4_waited_hot": less(column("X4", "warm_a_hot", waited), 1), "x5_price": less(grid[-1], grid[0]) if grid else None,
-            "x6_off": less(column("X6", "control_off", edge), held),
-            "x6_frozen": less(column("X6", "control_frozen", edge), held)}
+    def moved(arm: str) -> float | None:
+        ours, held = (column("X6", name, "largest abscissa") for name in (arm, "ep_linear"))
+        pairs = [(ours[seed], held[seed]) for seed in ours.keys() & held.keys()]
+        return None if any(None in pair for pair in pairs) else min((a - b for a, b in pairs), default=None)
+
+    broken = column("X3", "bptt", "excursions")
+    grid = [row[HISTORY.index("final loss")] for row in rows.get("X5", [])]  # from the weakest to the strongest
+    return {"x3_excursions": sum(broken.values()) if broken else None,
+            "x4_waited": waited("warm_a"), "x4_waited_hot": waited("warm_a_hot"),
+            "x5_price": None if len(grid) < 2 or None in (grid[0], grid[-1]) else grid[-1] - grid[0],
+            "x6_off": moved("control_off"), "x6_frozen": moved("control_frozen")}
 
 
 def context(rows: Rows) -> dict[str, Any]:

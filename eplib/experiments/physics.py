@@ -19,9 +19,10 @@ from ..models import Model
 from ..solvers import Anderson, Relaxation
 from ..store import tables
 from ..store.runs import Run
+from ..verdicts import FEWEST
 from .seeds import shown
 
-FUNDAMENTAL, ENGINEERING, UNDECIDED = "fundamental", "engineering", "undecided at this scale"
+ENGINEERING, UNDECIDED = "engineering", "undecided at this scale"
 RHO, LOST = "\N{GREEK SMALL LETTER RHO}(S⁻¹A)", "\N{GREEK SMALL LETTER GAMMA}T"  # as tables print them
 EXACT = 0.9999  # cosine from which a gradient counts as that of the loss
 SAME = 0.02  # nats within which two losses count as the same
@@ -165,19 +166,22 @@ def unmeasured(question: str) -> Verdict:
     return Verdict(question, "not measured", None, UNDECIDED)
 
 
-def within(gap: Mapping[str, Any], bound: float = SAME) -> bool | None:
-    """Whether a loss is higher by no more than `bound`, by the 95 % interval over paired seeds (`tables.paired`); None where
-    that decides nothing."""
-    if gap.get("undecided") or gap["n"] < 3:
-        return None
-    return True if gap["high"] <= bound else False if gap["low"] > bound else None
+def within(gap: Mapping[str, Any]) -> bool:
+    """Whether the 95 % interval over paired seeds (`tables.paired`) says that a loss is higher by no more than `SAME`."""
+    return not gap.get("undecided") and gap["n"] >= FEWEST and gap["high"] <= SAME
 
 
-def cheapest(arms: Arms, measured: Mapping[str, Any], against: str, key: str, below: float) -> tuple[str, dict] | None:
-    """Of the arms whose `measured` quantity is below a bound, the one with the smallest mean loss above the arm `against`, and
-    that difference."""
-    gaps = {arm: tables.paired(arms, arm, against) for arm in arms
-            if arm != against and (value := (measured.get(arm) or {}).get(key)) is not None and value < below}
+def price(gap: Mapping[str, Any], of: float | None, below: float | None) -> dict[str, Any]:
+    """A difference of losses as the price of having brought a quantity `of` below a bound: undecided where that is not so."""
+    reached = of is not None and below is not None and of < below
+    return dict(gap) if reached else {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"}
+
+
+def cheapest(arms: Arms, measured: Mapping[str, Any]) -> tuple[str, dict] | None:
+    """Of the arms whose rho(S^-1 A) is below 1, the one with the smallest mean loss above the arm `free`, with that
+    difference."""
+    gaps = {arm: tables.paired(arms, arm, "free") for arm in arms
+            if arm != "free" and (rho := (measured.get(arm) or {}).get("rho")) is not None and rho < 1}
     known = {arm: gap for arm, gap in gaps.items() if gap["mean"] is not None}
     return min(known.items(), key=lambda one: one[1]["mean"]) if known else None
 
@@ -208,13 +212,13 @@ def q2(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """Whether good solutions need rho(S^-1 A) > 1 where their contraction is held."""
     asked = f"Q2: does a good solution need {RHO} > 1?"
     free = (measured.get("free") or {}).get("rho")
-    found = cheapest(arms, measured, "free", "rho", 1.0)
     if free is None:
         return unmeasured(asked)
-    if free >= 1 and found is None:
+    if free < 1:
+        return Verdict(asked, f"{RHO} of the arm that nothing lowers", free, ENGINEERING)
+    found = cheapest(arms, measured)
+    if found is None:
         return Verdict(asked, f"no arm with {RHO} < 1 to compare", free, UNDECIDED)
-    if found is None or free < 1:
-        return Verdict(asked, f"{RHO} of the arm that nothing lowers", free, ENGINEERING if free < 1 else UNDECIDED)
     arm, gap = found
     said = f"{arm} has {RHO} = {measured[arm]['rho']:.2f} against {free:.2f} of free; its loss minus that of free (nats)"
     return Verdict(asked, said, gap["mean"], ENGINEERING if within(gap) else UNDECIDED)
@@ -252,8 +256,9 @@ def q5(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
         return unmeasured("Q5: does non-normal growth have to be paid for?")
     grown = [(measured.get(arm) or {}).get("growth") for arm in ("passive", "free")]
     said = f"largest ‖exp(tJ)‖ {shown(grown[0])} against {shown(grown[1])} of free; loss of passive minus free (nats)"
+    edge = (measured.get("passive") or {}).get("numerical_abscissa")  # below zero nothing grows, which is what is asked
     return Verdict("Q5: does non-normal growth have to be paid for?", said, gap["mean"],
-                   ENGINEERING if within(gap) else UNDECIDED)
+                   ENGINEERING if edge is not None and edge < 0 and within(gap) else UNDECIDED)
 
 
 def q6(shares: Mapping[float, list[Run]], measured: Mapping[float, Mapping[str, Any]]) -> Verdict:
@@ -276,6 +281,6 @@ def q7(seeds: Sequence[Mapping[int, Mapping[float, float]]]) -> Verdict:
     gains = [margins[max(margins)] - margins[min(margins)] for margins in found  # type: ignore[operator]
              if None not in (margins[max(margins)], margins[min(margins)])]
     mean = sum(gains) / len(gains) if gains else None
-    grew = len(gains) >= 3 and all(gain > 0 for gain in gains)
+    grew = len(gains) >= FEWEST and all(gain > 0 for gain in gains)
     return Verdict("Q7: what margin does a model of given loss need?", "how much further left of zero the widest may be held "
                    "than the narrowest at the same loss", mean, ENGINEERING if grew else UNDECIDED)

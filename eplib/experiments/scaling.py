@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import statistics
 import subprocess
 import sys
 import time
@@ -85,8 +86,7 @@ def step(arm: str, size: Size, rounds: int) -> dict[str, float]:
             gradient(model, inputs, inputs.roll(-1, 1), estimator=estimator, solver=SOLVER, nudged=second(estimator), part=part)
             spent.append(time.process_time() - cpu)
             took.append(time.perf_counter() - wall)
-    middle = (rounds + 1) // 2
-    return {"cpu": sorted(spent[2:])[middle - 1], "wall": sorted(took[2:])[middle - 1],
+    return {"cpu": statistics.median_low(spent[2:]), "wall": statistics.median_low(took[2:]),
             "gradient_bytes": sent.gradients / (rounds + 2), "other_bytes": sent.others / (rounds + 2)}
 
 
