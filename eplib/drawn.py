@@ -29,6 +29,12 @@ def to_csv(fig: Figure) -> str:
     return text.getvalue()
 
 
+def empty(ax: Axes) -> bool:
+    """Whether a panel shows no value at all: reference lines, labels and points that are not numbers count as nothing."""
+    others = [shape for shape in ax.collections if not isinstance(shape, PathCollection | PolyCollection)]  # intervals, colours
+    return not (others or ax.images or any(np.isfinite(row[2:]).all() for row in _rows(ax)))
+
+
 def _look(line: Line2D) -> tuple[str, str, str]:
     """What the lines of one series share: of the runs of an arm, one has the label."""
     return to_hex(line.get_color()), str(line.get_linestyle()), str(line.get_marker())

@@ -19,6 +19,7 @@ from .settings import PALETTE, ROOT, Look, default_look, looks, name_of
 
 WIDTHS = {"column": 3.4, "full": 7.0}  # inches
 SMOKE = "smoke profile: proves nothing"
+NOTHING = "no run of this recorded"
 
 _looks: dict[str, Look] = {}
 
@@ -179,7 +180,7 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
 
     `experiment` is the notebook's name, or "machine" for a figure of times or other facts of this machine, which DVC
     does not track. `shown` is what the figure shows: where that is empty, for want of runs, no file is left and None returned,
-    so that the paper says what is missing and how to make it.
+    so that the paper says what is missing and how to make it. A panel in which nothing is drawn says so in the place of ticks.
     """
     folder = root / "figures" / name_of(profile) / experiment
     if not shown:
@@ -194,6 +195,9 @@ def save(fig: Figure, name: str, profile: str, experiment: str, shown: object = 
         fig.text(
             0.5, 0.5, SMOKE, ha="center", va="center", rotation=20, fontsize=11, color="crimson", alpha=0.45, zorder=10
         )
+    for ax in filter(drawn.empty, fig.axes):
+        ax.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False, which="both")
+        ax.text(0.5, 0.5, NOTHING, transform=ax.transAxes, ha="center", va="center", fontsize=7, color="0.4")
     folder.mkdir(parents=True, exist_ok=True)
     dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}}
     with mpl.rc_context({"svg.hashsalt": f"{name_of(profile)}/{name}"}):

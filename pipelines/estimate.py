@@ -1,20 +1,26 @@
 """How long what is to be done will take: recorded times, times what a ten-second calibration says of this machine.
 
-    python -m pipelines.estimate --profile P        a table: runs to train and notebooks to run, recorded and here
+    python -m pipelines.estimate --profile P             a table: runs to train and notebooks to run, recorded and here
+    python -m pipelines.estimate --profile P --measure   times the first steps of what is not recorded; the paper has the table
 
 A run's time is that of the recorded run itself, else that of its arm, else of its experiment, by the step. The calibration
 times one gradient on all processors at once, as training uses them, and is compared with the one kept in results/reference/:
 so a factor is known for runs of that machine; other times are shown as recorded. Needs what `pipelines.train` needs.
+First steps are those of initial weights: the phases of trained ones take longer, so what `--measure` says is the least.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,12 +30,13 @@ import torch
 import eplib
 from eplib import blocks, estimators, models, solvers
 from eplib.config import ConfigurationError
+from eplib.data import DataError
 from eplib.kernels import available
 from eplib.profiles import configurations
 from eplib.provenance import machine
 from eplib.settings import name_of
-from eplib.store.records import Store
-from eplib.training import RunConfig
+from eplib.store.records import Store, save_machine
+from eplib.training import OutOfTime, RunConfig, Trainer, fastest_backend
 from pipelines.common import ROOT, PipelineError, command, dumps, load_profile, processors, read_json
 from pipelines.plan import Plan
 from pipelines.stages import decided_by
@@ -37,6 +44,7 @@ from pipelines.train import place
 
 UNIT_SECONDS = 3.0  # of gradients with each backend
 EVALUATIONS = 1.3  # a run's whole time over that of its steps, where the whole was not recorded (quick: 1,038 over 811 s)
+FIRST_SECONDS = 4.0  # of a run's first steps
 LONG = 60.0  # estimated seconds from which on a calibration is worth its time
 
 
@@ -167,12 +175,18 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:8.1f}" if seconds else f"{'':8}"
 
 
+def unrecorded(profile: str, root: Path = ROOT) -> list[RunConfig]:
+    """The runs of a profile that its store does not have."""
+    store = Store(profile, root)
+    return [config for group in Plan(profile, root).groups for config in configurations(profile, group, root)
+            if store.find(config) is None]
+
+
 def to_do(profile: str, root: Path = ROOT) -> tuple[list[RunConfig], dict[str, float | None]]:
     """What of a profile is to be done: the runs that are not recorded, and the notebooks that have not run as they stand now,
     with their recorded seconds."""
-    plan, store = Plan(profile, root), Store(profile, root)
-    absent = [] if plan.in_git else [config for group in plan.groups for config in configurations(profile, group, root)
-                                     if store.find(config) is None]
+    plan = Plan(profile, root)
+    absent = [] if plan.in_git else unrecorded(profile, root)
     trained, decides = {config.experiment for config in absent}, plan.decides()
     seconds = kept(profile, root).get("seconds", {})
     names = {}
@@ -186,11 +200,55 @@ def to_do(profile: str, root: Path = ROOT) -> tuple[list[RunConfig], dict[str, f
     return absent, names
 
 
+# --- what was never recorded ---
+
+
+def first_steps(config: RunConfig, root: Path = ROOT) -> float | None:
+    """Median seconds of a run's first steps on one thread, from its initial weights; None where its data is not here."""
+    torch.set_num_threads(1)
+    begun = replace(config, branch=None, keep=(), audit_every=None, evaluate_every=config.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer = Trainer(begun, Path(folder), root / "data", backend=fastest_backend(begun))
+        except DataError:
+            return None
+        with suppress(OutOfTime):
+            trainer.advance(time.monotonic() + FIRST_SECONDS, show=lambda line: None)
+        return statistics.median(trainer.progress.seconds[1:] or trainer.progress.seconds)  # the first one warms up
+
+
+def measured(configs: Sequence[RunConfig], root: Path = ROOT) -> dict[str, Any]:
+    """A table: for each experiment how many of these runs there are, and what their first steps say of the time they take."""
+    def kind(config: RunConfig) -> tuple:
+        """What runs have in common that take the same time a step."""
+        return config.experiment, config.arm, str(config.model), str(config.data)
+
+    step: dict[tuple, float | None] = {}
+    rows = []
+    for name in dict.fromkeys(config.experiment for config in configs):
+        own = [config for config in configs if config.experiment == name]
+        for config in own:
+            if (key := kind(config)) not in step:
+                step[key] = first_steps(config, root)
+                print(f"  {name}/{config.name}: {'its data is not here' if step[key] is None else f'{step[key]:.3g} s a step'}")
+        times = [(step[kind(config)], config) for config in own]
+        hours = sum(each * (config.steps - config.first) for each, config in times if each) / 3600 * EVALUATIONS
+        known = {config.arm: each for each, config in times if each}
+        slowest = max(known.items(), key=lambda one: one[1], default=(None, math.nan))
+        rows.append([name, len(own), sum(each is None for each, _ in times), sum(config.steps - config.first for config in own),
+                     *((round(hours, 1), slowest[0], round(slowest[1], 2)) if known else (None, None, None))])
+    return {"title": "What is not recorded, and the least that it takes", "rows": rows,
+            "columns": ["experiment", "runs", "without data here", "steps", "hours of one core", "slowest arm", "its step (s)"],
+            "note": f"Median of the first steps within {FIRST_SECONDS:g} s, initial weights, one thread, times {EVALUATIONS:g} "
+                    "for evaluations: the phases of trained weights take longer. Without data here: not in the hours."}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.estimate", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--profile")
+    parser.add_argument("--measure", action="store_true")
     parser.add_argument("--unit", action="store_true", help=argparse.SUPPRESS)  # what `calibrate` starts
     options = parser.parse_args(arguments)
     if options.unit:
@@ -203,6 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigurationError, PipelineError) as error:
         print(f"estimate: {error}", file=sys.stderr)
         return 2
+    if options.measure:
+        table_of_hours = measured(unrecorded(options.profile))
+        save_machine(options.profile, "hours", table_of_hours)
+        print(*table_of_hours["rows"], sep="\n")
+        return 0
     print(table(absent, min(processors(), max(1, len(absent))), options.profile, notebooks=names))
     return 0
 

@@ -263,6 +263,17 @@ def test_what_a_figure_shows_can_be_downloaded_as_numbers(tmp_path):
                         ["2", "pixel", "1", "0", "0", "0.25"], ["2", "pixel", "1", "1", "0", "0.5"]]
 
 
+def test_a_panel_in_which_nothing_is_drawn_says_so(tmp_path):
+    fig, panels = plotting.figure("full", columns=4)
+    panels[0].plot([1], [float("nan")], "o")
+    panels[0].axhline(2.0)
+    panels[1].plot([1], [2.0], "o")
+    panels[2].hlines([1], [0], [2])
+    panels[3].plot([], [])
+    plotting.save(fig, "F1", "quick", "toy", root=tmp_path)
+    assert [[text.get_text() for text in ax.texts] for ax in panels] == [[plotting.NOTHING], [], [], [plotting.NOTHING]]
+
+
 def test_a_figure_without_data_leaves_no_file(tmp_path, capsys):
     folder = draw(tmp_path, "quick")
     fig, _ = plotting.figure()
@@ -415,6 +426,11 @@ def test_every_claim_has_its_row_and_every_mark_leads_to_one(recorded):
     _, ask = recorded
     decided = {claim["id"] for claim in claims.load()}
     assert set(ask("<claimed>")) <= decided and set(ask("<claim-row>")) == decided
+
+
+def test_every_claim_is_a_sentence_of_the_text_too():
+    text = "".join((ROOT / "paper" / f"{name}.typ").read_text(encoding="utf-8") for name in ("main", "appendix"))
+    assert {claim["id"] for claim in claims.load()} == set(re.findall(r'claim\("([a-z0-9-]+)"\)', text))
 
 
 def test_the_released_paper_says_which_results_it_was_set_from():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eplib import profiles
+from eplib import profiles, tasks
 from pipelines import artifact, cells, claims, close, common, estimate, expected, plan, verify
 from pipelines import tolerance as tolerances
 
@@ -174,6 +174,19 @@ def test_the_table_scales_the_times_of_the_reference_machine_and_says_what_is_un
 def test_nothing_to_do_is_said_at_once(timed, monkeypatch):
     monkeypatch.setattr(estimate, "calibrate", lambda: pytest.fail("nothing is to be calibrated for"))
     assert estimate.table([], 2, "quick", timed) == "estimate: nothing to train and no notebook to run"
+
+
+def test_what_was_never_recorded_is_measured_by_its_first_steps(timed, monkeypatch):
+    found = estimate.unrecorded("quick", timed)  # what has a time has no record in a store here
+    rows = estimate.measured(found, timed)["rows"]  # no text lies there
+    assert sorted(row[:4] for row in rows) == [["other", 1, 1, 10], ["toy", 3, 3, 400]] and {row[4] for row in rows} == {None}
+    monkeypatch.setattr(estimate, "FIRST_SECONDS", 0.01)
+    path = timed / "text.txt"
+    path.write_text("a text of one's own, and another " * 30)
+    longer = next(config for config in found if config.arm == "longer")
+    own = dataclasses.replace(longer, data=tasks.Text(path=str(path), validation=0.2))
+    [row] = estimate.measured([own, longer], timed)["rows"]
+    assert row[:4] == ["toy", 2, 1, 200] and 0 <= row[4] < 1 and row[5] == "longer"
 
 
 # --- make verify, with an estimator that is right and one that is broken ---

@@ -196,16 +196,20 @@ def reached(losses: Mapping[int, Mapping[float, float]]) -> dict[int, float | No
             for width, some in sorted(losses.items())}
 
 
+def lowest(places: Iterable[Mapping[str, Any]]) -> float:
+    """The smallest cosine with the adjoint of a forward relaxation at any of these places, -1 where one did not settle."""
+    return min(-1.0 if place[route] is None else place[route] for place in places for route in FORWARD)
+
+
 def q1(points: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """The adjoint by forward relaxation only, at any asymmetry."""
     places = [*points, *checkpoints.values()]
-    every = [-1.0 if place[route] is None else place[route] for place in places for route in FORWARD]
-    lowest = min(every) if checkpoints else None  # a construction alone says nothing of a trained block
+    cosine = lowest(places) if checkpoints else None  # a construction alone says nothing of a trained block
     plain = min((place["vector_field"] for place in places if place["vector_field"] is not None), default=None)
     rho = max((place["rho"] for place in places if place["rho"] is not None), default=math.nan)
     said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine with the adjoint; uncorrected {shown(plain)}"
-    return Verdict("Q1: is the adjoint out of reach of forward relaxations?", said, lowest,
-                   ENGINEERING if lowest is not None and lowest >= EXACT else UNDECIDED)
+    return Verdict("Q1: is the adjoint out of reach of forward relaxations?", said, cosine,
+                   ENGINEERING if cosine is not None and cosine >= EXACT else UNDECIDED)
 
 
 def q2(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
@@ -277,10 +281,13 @@ def q6(shares: Mapping[float, list[Run]], measured: Mapping[float, Mapping[str, 
 
 def q7(seeds: Sequence[Mapping[int, Mapping[float, float]]]) -> Verdict:
     """Whether width buys margin: `reached` of each seed's losses."""
+    asked = "Q7: what margin does a model of given loss need?"
     found = [reached(losses) for losses in seeds if losses]
+    if not found:
+        return unmeasured(asked)
     gains = [margins[max(margins)] - margins[min(margins)] for margins in found  # type: ignore[operator]
              if None not in (margins[max(margins)], margins[min(margins)])]
     mean = sum(gains) / len(gains) if gains else None
     grew = len(gains) >= FEWEST and all(gain > 0 for gain in gains)
-    return Verdict("Q7: what margin does a model of given loss need?", "how much further left of zero the widest may be held "
-                   "than the narrowest at the same loss", mean, ENGINEERING if grew else UNDECIDED)
+    return Verdict(asked, "how much further left of zero the widest may be held than the narrowest at the same loss", mean,
+                   ENGINEERING if grew else UNDECIDED)
