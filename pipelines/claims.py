@@ -9,6 +9,7 @@ A claim is
     holds: {min: 94.0}                                    one or more of the tests below, all must be met
     decided_at: [quick, paper]                            elsewhere the verdict is `not decided`
     written: 2026-11-21                                   when the claim with this bound was written
+    after_result: true                                    optional: its value was known then; tables mark it
     seeds: true                                           optional: the value is a mean over seeds (below)
     replaces: "..."                                       optional: what stood here before, and its date
     unit: "%"                                             optional, printed behind the value
@@ -31,7 +32,7 @@ from eplib.verdicts import FEWEST, TESTS, UNDECIDED, by_interval, by_value, numb
 from pipelines.common import ROOT, PipelineError, command, dumps, for_profile, load_profile, load_yaml, read_json, write_text
 
 REQUIRED = {"id", "text", "value", "holds", "decided_at", "written"}
-OPTIONAL = {"unit", "seeds", "replaces"}
+OPTIONAL = {"unit", "seeds", "replaces", "after_result"}
 
 
 def load(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -59,6 +60,8 @@ def load(root: Path = ROOT) -> list[dict[str, Any]]:
             raise PipelineError(f"{where}: written: {claim['written']!r} is no date; write it as 2026-11-21, without quotes")
         if claim.get("seeds") not in (None, True):
             raise PipelineError(f"{where}: seeds: {claim['seeds']!r}; write `seeds: true` where the value is a mean over seeds")
+        if claim.get("after_result") not in (None, True):
+            raise PipelineError(f"{where}: after_result: {claim['after_result']!r}; write `after_result: true` or leave it out")
         if not claim["holds"]:
             raise PipelineError(f"{where}: `holds` is empty; it needs one of {', '.join(TESTS)}")
     for profile in {profile for claim in claims for profile in claim["decided_at"]}:
@@ -129,6 +132,7 @@ def decided(claim: dict[str, Any], found: Any, profile: str) -> dict[str, Any]:
         "from": f"{claim['value']['file']}: {claim['value']['key']}",
         "decided_at": claim["decided_at"],
         "written": str(claim["written"]),
+        "after_result": claim.get("after_result", False),
         "replaces": claim.get("replaces", ""),
     }
 
