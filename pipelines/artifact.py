@@ -27,7 +27,7 @@ TITLE = "# Claims, commands, times, expected numbers"
 PROFILES = ("quick", "paper")
 HEADLINES = ("gradient-direction", "gradient-vector-field", "gradient-rho", "mnist-rule", "mnist-not-worse", "shakespeare-rule",
              "shakespeare-total", "architectures-controlled", "stability-controlled", "cost-memory-bptt")  # in README
-REASONS = {"missing": "for want of a recorded run", "samples that settled": "for phases not known to settle",  # by how it begins
+REASONS = {"missing": "for want of a recorded run", "samples that settled": "for phases not known to settle",  # by its start
            "n =": "for fewer than three seeds", "the interval": "for an interval that spans the bound",
            "not at this profile": "as not asked at this size"}
 BLOCK = re.compile(r"(<!-- written by python -m pipelines.artifact -->\n).*?(<!-- end -->)", re.DOTALL)
