@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.estimate", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--profile")
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="time the first steps of what is not recorded")
     parser.add_argument("--unit", action="store_true", help=argparse.SUPPRESS)  # what `calibrate` starts
     options = parser.parse_args(arguments)
     if options.unit:

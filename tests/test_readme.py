@@ -86,7 +86,7 @@ def test_the_commands_exist_and_know_their_options():
     goals = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     asked = set(re.findall(r"(?:^    |`)make ([a-z]+)", README, re.MULTILINE))
     assert {"repro", "test"} <= asked <= set(goals)
-    assert len(COMMANDS) == 2
+    assert len(COMMANDS) == 3
     for command in COMMANDS:
         module, *words = command.split()[2:]
         usage = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -532,6 +532,16 @@ def test_an_extended_run_keeps_the_beta_at_which_its_annealing_ended(root, monke
     assert run.extend(2).log["beta"].tolist() == pytest.approx([0.2, 0.2])
 
 
+@pytest.fixture
+def one_thread():
+    """As workers compute: two threads sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_branch_is_stale_when_its_origin_has_another_state(command, root, capsys):
     """A recorded origin without its state is a dead end that the message leads out of."""
     write_profile(root, BRANCHED)
