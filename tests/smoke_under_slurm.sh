@@ -21,7 +21,7 @@ export SLURM_CONF=$scratch/slurm/slurm.conf
 dies() {
   local folder killed=1
   for folder in /proc/[0-9]*; do
-    if tr '\0' '\n' <"$folder/environ" 2>/dev/null | grep -qx "SLURM_ARRAY_TASK_ID=${1#*_}" && grep -aq submitit "$folder/cmdline"; then
+    if { tr '\0' '\n' <"$folder/environ" | grep -qx "SLURM_ARRAY_TASK_ID=${1#*_}" && grep -aq submitit "$folder/cmdline"; } 2>/dev/null; then
       kill -KILL "${folder#/proc/}" && killed=0
     fi
   done
