@@ -96,9 +96,11 @@ smoke: setup  ## run every stage at toy size in a scratch folder (about 8 minute
 	@$(KERNEL)
 	python -m pipelines.smoke
 
+# The texts of the recorded runs whose weights are in git: the notebooks of the paper profile read these.
+RECORDED := plays-chars tinyshakespeare-chars
 paper: setup  ## bring the paper profile up to date from its recorded runs (python -m pipelines.train makes those)
 	@$(ALONE); set -x; \
-	python -m pipelines.data plays-chars; \
+	python -m pipelines.data $(RECORDED); \
 	dvc repro pipelines/paper/dvc.yaml; \
 	python -m pipelines.close --profile paper
 
@@ -107,7 +109,7 @@ release: setup  ## set the paper of the recorded runs as release/paper.pdf, the 
 
 figures: setup  ## redraw the paper profile's figures, paper and report, up to date or not
 	@$(ALONE); set -x; \
-	python -m pipelines.data plays-chars; \
+	python -m pipelines.data $(RECORDED); \
 	dvc repro --force pipelines/paper/dvc.yaml
 
 bench: setup  ## time one training step of EP, backprop, BPTT, torchdeq at four sizes (10 to 20 minutes, idle machine)

@@ -24,6 +24,7 @@ reason}: a measurement that the notebook does not trust decides nothing.
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
         return UNDECIDED, "a seed ended without a finite value"
     decided = by_interval(claim["holds"], found["low"], found["high"])
     return decided, "the interval spans the bound" if decided == UNDECIDED else ""
+
+
+def reason(why: str) -> str:
+    """What the reasons of several undecided claims have in common, without their numbers."""
+    words = {"missing": "what it is read from is not recorded at this profile", "n": "fewer than three seeds",
+             "samples that settled": "not known to have settled", "not at this profile": "not to be decided at this profile"}
+    head = re.split(": | = ", why)[0]
+    return words.get(head, re.sub(r"^\d+ of \d+ ", "", why))
 
 
 def decide(claim: dict[str, Any], profile: str, root: Path = ROOT) -> dict[str, Any]:

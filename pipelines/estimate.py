@@ -257,15 +257,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.profile:
         parser.error("give --profile")
     try:
+        if options.measure:
+            found = measured(unrecorded(options.profile))
+            save_machine(options.profile, "hours", found)
+            print(*found["rows"], sep="\n")
+            return 0
         absent, names = to_do(options.profile)
     except (ConfigurationError, PipelineError) as error:
         print(f"estimate: {error}", file=sys.stderr)
         return 2
-    if options.measure:
-        table_of_hours = measured(unrecorded(options.profile))
-        save_machine(options.profile, "hours", table_of_hours)
-        print(*table_of_hours["rows"], sep="\n")
-        return 0
     print(table(absent, min(processors(), max(1, len(absent))), options.profile, notebooks=names))
     return 0
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from eplib.profiles import configurations
 from eplib.settings import name_of
+from eplib.store.records import Store
 from eplib.tasks import Mnist, Text
 from eplib.training import RunConfig
 from pipelines import estimate, receipt
@@ -42,6 +43,13 @@ def runs_of(plan: Plan, names: Iterable[str]) -> list[RunConfig]:
     """The runs that are trained for some notebooks of a profile; none where the recorded ones are in git."""
     groups = [] if plan.in_git else sorted({group for name in names for group in plan.read[name]})
     return [config for group in groups for config in configurations(plan.profile, group, plan.root)]
+
+
+def weighted(plan: Plan) -> list[RunConfig]:
+    """The recorded runs whose weights are here: of runs that are not trained again a notebook reads the data of these alone."""
+    store = Store(plan.profile, plan.root)
+    found = {config: store.find(config) for group in plan.groups for config in configurations(plan.profile, group, plan.root)}
+    return [config for config, run in found.items() if run and run.has_weights()]
 
 
 def cost(known: Reference, plan: Plan) -> dict[str, float | None]:
@@ -102,7 +110,7 @@ def rerun(profile: str, names: Sequence[str], scratch: Path, settings: dict[str,
         shutil.rmtree(scratch / "results" / plan.name / name, ignore_errors=True)
     if not call("stages", "--write", "--profile", profile) or not call("sources", "--profile", profile):
         raise PipelineError("the sources of the stages could not be written: see above")
-    data = ["plays-chars"] if plan.in_git else data_of(configs)  # of recorded runs the notebooks read the tokens alone
+    data = data_of(weighted(plan) if plan.in_git else configs)
     if data and not call("data", *data):
         raise PipelineError("the data could not be prepared: see above")
     for group in dict.fromkeys(one.experiment for one in configs):

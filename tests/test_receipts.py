@@ -189,6 +189,14 @@ def test_what_was_never_recorded_is_measured_by_its_first_steps(timed, monkeypat
     assert row[:4] == ["toy", 2, 1, 200] and 0 <= row[4] < 1 and row[5] == "longer"
 
 
+def test_make_paper_prepares_the_data_of_the_runs_whose_weights_are_in_git():
+    [named] = [line.split()[2:] for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("RECORDED :=")]
+    listed = subprocess.run(["git", "ls-files", "results/paper/weights"], cwd=ROOT, capture_output=True, text=True, check=True)
+    weights = {"/".join(Path(line).parts[3:5]) for line in listed.stdout.splitlines()}
+    assert weights and sorted(named) == verify.data_of(
+        config for config in verify.weighted(plan.Plan("paper", ROOT)) if verify.place(config) in weights)
+
+
 # --- make verify, with an estimator that is right and one that is broken ---
 
 E1 = """\

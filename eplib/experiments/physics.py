@@ -231,37 +231,38 @@ def q2(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
 def q3(points: Sequence[Mapping[str, Any]], echoes: Sequence[Mapping[str, float]], small: float = 0.01) -> Verdict:
     """Whether a substrate can compute its own adjoint: a twin with a mismatch, and the echo. points: {mismatch, cosine};
     echoes: {lost, cosine}, lost = gamma T."""
-    inside = [one["cosine"] for one in points if one["mismatch"] <= small]
-    lowest = min((-1.0 if value is None else value for value in inside), default=None)
-    if lowest is None:
-        return unmeasured("Q3: can the substrate compute its own adjoint?")
+    asked = "Q3: can the substrate compute its own adjoint?"
+    inside = [-1.0 if one["cosine"] is None else one["cosine"] for one in points if one["mismatch"] <= small]
+    if not inside:
+        return unmeasured(asked)
     damped = next((one for one in echoes if one["cosine"] < 0.9), None)
     said = f"a transposed twin with {100 * small:g} % mismatch: smallest cosine" + (
         f"; an echo is exact without loss and falls to {damped['cosine']:.2f} at {LOST} = {damped['lost']:g}" if damped else "")
-    return Verdict("Q3: can the substrate compute its own adjoint?", said, lowest,
-                   ENGINEERING if lowest >= 0.99 else UNDECIDED)
+    return Verdict(asked, said, min(inside), ENGINEERING if min(inside) >= 0.99 else UNDECIDED)
 
 
 def q4(shares: Sequence[float | None]) -> Verdict:
     """Whether a finite horizon is another primitive, or only what has not settled yet: `decay` at several rates."""
+    asked = "Q4: is a finite horizon another gradient?"
     known = [share for share in shares if share is not None]
-    worst = max(known, key=lambda share: abs(share - 1), default=None)
-    if worst is None:
-        return unmeasured("Q4: is a finite horizon another gradient?")
+    if not known:
+        return unmeasured(asked)
+    worst = max(known, key=lambda share: abs(share - 1))
     said = f"its error falls as r^K at {len(known)} rates r: the exponent over that of r^K, furthest from 1"
-    return Verdict("Q4: is a finite horizon another gradient?", said, worst,
+    return Verdict(asked, said, worst,
                    ENGINEERING if len(known) > 1 and abs(worst - 1) <= 0.1 else UNDECIDED)
 
 
 def q5(arms: Arms, measured: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """Whether transient growth is needed: the passive arm, whose numerical abscissa is held below zero."""
+    asked = "Q5: does non-normal growth have to be paid for?"
     gap = tables.paired(arms, "passive", "free")
     if gap["mean"] is None:
-        return unmeasured("Q5: does non-normal growth have to be paid for?")
+        return unmeasured(asked)
     grown = [(measured.get(arm) or {}).get("growth") for arm in ("passive", "free")]
     said = f"largest ‖exp(tJ)‖ {shown(grown[0])} against {shown(grown[1])} of free; loss of passive minus free (nats)"
     edge = (measured.get("passive") or {}).get("numerical_abscissa")  # below zero nothing grows, which is what is asked
-    return Verdict("Q5: does non-normal growth have to be paid for?", said, gap["mean"],
+    return Verdict(asked, said, gap["mean"],
                    ENGINEERING if edge is not None and edge < 0 and within(gap) else UNDECIDED)
 
 

@@ -113,7 +113,7 @@ class Site:
         counts = self.counts()
         reasons: dict[str, list[dict[str, Any]]] = {}
         for claim in counts.get(verdicts.UNDECIDED, []):
-            reasons.setdefault(reason(claim["why"]), []).append(claim)
+            reasons.setdefault(claims.reason(claim["why"]), []).append(claim)
         reasons = dict(sorted(reasons.items(), key=lambda found: -len(found[1])))
         headline = [self.all.items[f"fig-{name}"] for name in self.text.headline if f"fig-{name}" in self.all.items]
         self.page("index.html", "index.html", abstract=self.text.abstract, counts=counts, reasons=reasons, headline=headline,
@@ -185,14 +185,6 @@ class Site:
                   metrics=dict(runs.flat(run.metrics)), provenance=dict(runs.flat(run.provenance | run.machine)))
         title = f"{run.group}: {run.look.label}, seed {run.config['seed']}"
         self.index.append(search.Entry(title, run.href, f"run {run.name} {run.sample[:200]}"))
-
-
-def reason(why: str) -> str:
-    """What the reasons of several undecided claims have in common, without their numbers."""
-    words = {"missing": "what it is read from is not recorded at this profile", "n": "fewer than three seeds",
-             "samples that settled": "not known to have settled", "not at this profile": "not to be decided at this profile"}
-    head = re.split(": | = ", why)[0]
-    return words.get(head, re.sub(r"^\d+ of \d+ ", "", why))
 
 
 def size_of(svg: Path) -> tuple[int, int]:
