@@ -11,7 +11,8 @@ from torch import nn
 
 import eplib
 from eplib import blocks, calculus, estimators, models
-from eplib.diagnostics import GROUPS, adjoint_gradient, agreement
+from eplib.calculus import attention
+from eplib.diagnostics import GROUPS, LiveBytes, adjoint_gradient, agreement
 from eplib.solvers import Anderson, FixedHorizon, Relaxation, Status
 from systems import TIGHT, transformer
 
@@ -43,9 +44,12 @@ def system(config, samples=2, tokens=5, width=8, heads=2):
     return block, x, start + torch.randn_like(start)
 
 
+@pytest.mark.parametrize("rows", [256, 2])
 @pytest.mark.parametrize("config", EQUILIBRIUM + IMAGE, ids=name)
-def test_products_and_contraction_are_those_of_automatic_differentiation(config):
-    """J v and J^T u against the dense Jacobian; <u, F> in every weight and in x against autograd."""
+def test_products_and_contraction_are_those_of_automatic_differentiation(config, rows, monkeypatch):
+    """J v and J^T u against the dense Jacobian; <u, F> in every weight and in x against autograd. rows: of attention weights
+    that are alive at once."""
+    monkeypatch.setattr(attention, "ROWS", rows)
     block, x, z = system(config)
     v, u = torch.randn_like(z), torch.randn_like(z)
     with torch.no_grad():
@@ -84,6 +88,21 @@ def test_gates_stay_below_their_bound_and_a_learned_decay_above_zero_whatever_is
         assert torch.allclose(block(z, x), x - 1.5 * z + block.layers.parallel(z))
     with pytest.raises(ValidationError, match="damping above 0"):
         blocks.Thick(learned_damping=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_grows_with_the_tokens_and_not_with_their_pairs(causal, monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", 8)
+
+    def peak(tokens):
+        block, x, z = system(blocks.Thick(causal=causal), tokens=tokens)
+        with torch.no_grad(), LiveBytes() as counter:
+            jacobian = block.linearise(z, x)
+            jacobian.product(z), jacobian.contract(z)
+        return counter.peak
+
+    few, some, many = (peak(tokens) for tokens in (64, 128, 256))
+    assert (many - some) / (some - few) == pytest.approx(2, rel=0.05)  # of pairs it is 4
 
 
 def test_a_derivative_keeps_its_state_once():

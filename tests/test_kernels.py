@@ -16,7 +16,8 @@ from eplib.starts import LinearStart
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
 SHAPES = [(16, 4, 5, True, False), (32, 4, 13, True, False), (64, 4, 40, True, False), (48, 2, 9, False, False),
-          (64, 8, 16, False, False), (64, 4, 4, False, True), (48, 4, 17, False, True)]  # the last two: linear attention
+          (64, 8, 16, False, False), (64, 4, 4, False, True), (48, 4, 17, False, True),  # the last two: linear attention
+          (16, 2, 300, True, False), (16, 2, 530, False, False), (16, 2, 300, False, True)]  # attention weights made anew
 
 
 def system(width=32, heads=4, tokens=13, causal=True, strength=1.0, damping=0.0, batch=3, linear=False, **options):
@@ -75,6 +76,57 @@ def test_every_option_of_a_block_is_computed_as_pytorch_does(options, causal):
             parameter += 0.1
             with pytest.raises(kernels.KernelError, match="weights have changed"):
                 compiled(z, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"causal": False, "linear": True}, {"qk_norm": True}], ids=repr)
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_attention_weights_made_anew_are_those_that_were_kept(options, chunk, monkeypatch):
+    block, x = system(64, 4, 40, strength=0.4, **options)
+    solver, v = Substitution(step=0.7, max_steps=100, tol=1e-5, chunk=chunk), torch.randn_like(x)
+
+    def everything():
+        with torch.no_grad():
+            compiled = kernels.CompiledBlock(block)
+            free = solver.settle(compiled, x)
+            jacobian = compiled.linearise(free.value, x)
+            a = solver.adjoint(jacobian, v, norm(v))
+            yield from (free.value, compiled(free.value, x), compiled(v, x), a.value, jacobian.product(v))
+            yield from (jacobian.transposed(v), jacobian.token_product(v), *jacobian.token_probe(v, 0.25, 2))
+            yield from jacobian.contract(a.value)[0].values()
+            yield from compiled.linearise(v, x).contract(v)[0].values()
+
+    kept = list(everything())
+    monkeypatch.setattr(kernels.storage, "KEPT", 0)
+    assert all(torch.equal(one, other) for one, other in zip(kept, everything(), strict=True))
+
+
+@pytest.mark.parametrize("chunk", [2, 280, 600])
+def test_of_many_tokens_a_phase_ends_where_pytorchs_does(chunk):
+    """Units of few tokens, of more than a thread has attention weights of at once, and of all."""
+    block, x = system(16, 2, 530, strength=0.4, batch=2)
+    solver, slope = Substitution(step=0.7, max_steps=200, tol=1e-6, chunk=chunk), torch.randn_like(x)
+    with torch.no_grad():
+        compiled, reference = kernels.CompiledBlock(block), Anderson(step=0.7, max_steps=400, tol=1e-6)
+        z = solver.settle(compiled, x)
+        assert z.status is Status.CONVERGED and close(z.value, reference.settle(block, x).value, 5e-5)
+        ours, theirs = compiled.linearise(z.value, x), block.linearise(z.value, x)
+        a, truth = solver.adjoint(ours, slope, norm(slope)), reference.adjoint(theirs, slope, norm(slope)).value
+        assert a.status is Status.CONVERGED and close(a.value, truth, 5e-5)
+        grads, expected = ours.contract(a.value)[0], theirs.contract(a.value)[0]
+        assert all(close(grads[name], expected[name], 5e-6) for name in expected)
+
+
+def test_what_the_kernel_keeps_grows_with_the_tokens_and_not_with_their_pairs():
+    def kept(tokens):
+        block, x = system(16, 2, tokens, batch=1)
+        with torch.no_grad(), LiveBytes() as counter:
+            compiled = kernels.CompiledBlock(block)
+            jacobian = compiled.linearise(x, x)
+            jacobian.product(x), jacobian.contract(x)
+        return counter.peak
+
+    few, some, many = (kept(tokens) for tokens in (512, 1024, 2048))
+    assert (many - some) / (some - few) == pytest.approx(2, rel=0.05)  # of pairs it is 4
 
 
 @pytest.mark.parametrize("products", [0, 3])

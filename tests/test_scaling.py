@@ -1,13 +1,12 @@
 """How one run scales: bytes that are sent, and what is known of larger sizes."""
 
-from dataclasses import replace
-
 import pytest
 
 import systems  # noqa: F401  (one thread)
 from eplib.blocks import Thick
+from eplib.calculus import attention
 from eplib.experiments import scaling
-from eplib.experiments.scaling import ARMS, Cluster, PerToken, Size
+from eplib.experiments.scaling import ARMS, Cluster, Size
 
 
 def test_two_ranks_send_the_gradient_once_whatever_the_phases_take():
@@ -29,19 +28,17 @@ def test_a_ring_sends_what_lies_elsewhere_twice():
     assert scaling.all_reduced(scaling.parameters(large), 64) == pytest.approx(2 * 63 / 64 * 4 * expected, rel=2e-4)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_bytes_of_another_size_follow_from_their_shares(arm, monkeypatch):
-    monkeypatch.setattr(scaling, "SOLVER", replace(scaling.SOLVER, max_steps=3))
-    monkeypatch.setitem(ARMS, "bptt", (Thick(), scaling.BPTT(steps=4)))
-    other = Size(width=192, heads=8, context=96, vocab=200, batch=4)
-    shares = PerToken.of(arm)
-    assert shares.at(other) == pytest.approx(scaling.counted(arm, other), rel=0.08)
-    numbers = {"ep_linear": 2}  # of each attention weight: it is kept, and a product takes as many; fused attention keeps none
-    assert round(shares.attention / 4) == numbers.get(arm, 0)
+@pytest.mark.parametrize(("arm", "context"), [("ep_linear", 64), ("ep_linear", 256), ("bptt", 64), ("backprop", 64)])
+def test_bytes_of_a_wider_block_follow_from_those_of_narrow_ones(arm, context, monkeypatch):
+    monkeypatch.setitem(ARMS, "bptt", (Thick(), scaling.BPTT(steps=3)))
+    for module in (scaling, attention):
+        monkeypatch.setattr(module, "ROWS", 64)  # fewer than the tokens, and as many
+    wide = Size(width=256, heads=8, context=context, vocab=512, batch=16)
+    assert scaling.per_token(arm, wide) == pytest.approx(scaling.counted(arm, wide), rel=0.05)
 
 
 def test_a_full_memory_holds_the_weights_and_whole_sequences():
-    size, cluster = Size(width=256, heads=4, context=64, vocab=64), Cluster(ranks=4, memory=1e9, link=1e9, speed=1e12)
+    size, cluster = Size(width=256, heads=4, context=64, vocab=256), Cluster(ranks=4, memory=1e9, link=1e9, speed=1e12)
     plan = scaling.planned("ep_linear", size, cluster)
     held = plan.sequences * size.context * plan.bytes_per_token + 5 * 4 * scaling.parameters(size)
     assert held <= 1e9 < held + size.context * plan.bytes_per_token

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .automatic import version
 from .functions import (
+    attend,
     attention_weights,
     contracted,
     features,
@@ -20,6 +22,8 @@ from .functions import (
     unit_rms_slope,
 )
 from .layers import Sublayers
+
+ROWS = 256  # queries whose attention weights are alive at once: those of as many tokens are kept, of more made anew when needed
 
 
 class Kept:
@@ -38,8 +42,14 @@ class Kept:
         return self.last[2]
 
 
+def joined(blocks: list[Tensor]) -> Tensor:
+    """Blocks of tokens, the last ones first, side by side; a single one as it is."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks[::-1], -2)
+
+
 class AttentionSlope(Kept):
-    """Derivative of Attn at its normalised input a (..., T, C), everything direction-independent cached."""
+    """Derivative of Attn at its normalised input a (..., T, C), everything direction-independent cached, but for the attention
+    weights of more than `ROWS` tokens: these are made anew by blocks of queries, so that memory grows as T and not as T^2."""
 
     q_inverse: Tensor  # with qk_norm
     k_inverse: Tensor
@@ -53,17 +63,38 @@ class AttentionSlope(Kept):
             (q, self.q_inverse), (k, self.k_inverse) = unit_rms(q), unit_rms(k)
         scale = 1 / math.sqrt(q.shape[-1])
         self.q, self.k, self.q_scaled, self.k_scaled = q, k, scale * q, scale * k  # so that no (T, T) array is scaled
-        self.weights = attention_weights(q, k, layers.causal)
-        self.mixed = self.weights @ self.v  # (..., H, T, D)
+        self.kept = attention_weights(q, k, layers.causal) if q.shape[-2] <= ROWS else None
+        self.mixed = attend(q, k, self.v, layers.causal) if self.kept is None else self.kept @ self.v  # (..., H, T, D)
+
+    @property
+    def weights(self) -> Tensor:
+        """The attention weights, (..., H, T, T)."""
+        return attention_weights(self.q, self.k, self.layers.causal) if self.kept is None else self.kept
+
+    def _blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Queries, the keys that they see, and the weights between them, block by block: the last one first, which sees all."""
+        tokens = self.q.shape[-2]
+        if self.kept is not None:
+            yield slice(tokens), slice(tokens), self.kept
+        for first in reversed(range(0, tokens if self.kept is None else 0, ROWS)):
+            rows = slice(first, min(first + ROWS, tokens))
+            keys = slice(rows.stop if self.layers.causal else tokens)
+            yield rows, keys, attention_weights(self.q[..., rows, :], self.k[..., keys, :], self.layers.causal, first)
 
     def product(self, da: Tensor) -> Tensor:
         layers = self.layers
         dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(da).chunk(3, -1))
         if layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
-        ds = self.weights * (dq @ self.k_scaled.mT + self.q_scaled @ dk.mT)  # (..., H, T, T)
-        # the softmax's slope is ds - weights * rowsum(ds), and weights @ v is known
-        return layers.wo(merge_heads(ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + self.weights @ dv))
+        moved = []
+        for rows, keys, weights in self._blocks():
+            ds = weights * (dq[..., rows, :] @ self.k_scaled[..., keys, :].mT
+                            + self.q_scaled[..., rows, :] @ dk[..., keys, :].mT)  # (..., H, R, T)
+            # the softmax's slope is ds - weights * rowsum(ds), and weights @ v is known
+            moved.append(ds @ self.v[..., keys, :] - ds.sum(-1, keepdim=True) * self.mixed[..., rows, :]
+                         + weights @ dv[..., keys, :])
+            del weights, ds  # before the next block makes its own
+        return layers.wo(merge_heads(joined(moved)))
 
     def token_product(self, da: Tensor) -> Tensor:
         """What each token's own change does to itself: the diagonal blocks over tokens."""
@@ -71,18 +102,34 @@ class AttentionSlope(Kept):
         dq, dk, dv = (split_heads(part, layers.heads) for part in layers.qkv(da).chunk(3, -1))
         if layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
-        ds = self.weights * (dq @ self.k_scaled.mT)  # its query meets all keys
-        own = self.weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # (..., H, T, 1): its key and value meet its own query
-        shift = own * (self.q_scaled * dk).sum(-1, keepdim=True)
-        moved = ds @ self.v - ds.sum(-1, keepdim=True) * self.mixed + shift * (self.v - self.mixed) + own * dv
-        return layers.wo(merge_heads(moved))
+        moved = []
+        for rows, keys, weights in self._blocks():
+            ds = weights * (dq[..., rows, :] @ self.k_scaled[..., keys, :].mT)  # its query meets all keys
+            # (..., H, R, 1): its key and value meet its own query
+            own = weights.diagonal(rows.start or 0, dim1=-2, dim2=-1).unsqueeze(-1)
+            shift = own * (self.q_scaled * dk)[..., rows, :].sum(-1, keepdim=True)
+            mixed = self.mixed[..., rows, :]
+            moved.append(ds @ self.v[..., keys, :] - ds.sum(-1, keepdim=True) * mixed + shift * (self.v[..., rows, :] - mixed)
+                         + own * dv[..., rows, :])
+            del weights, ds, own
+        return layers.wo(merge_heads(joined(moved)))
 
     def _backward(self, u: Tensor) -> Tensor:
         """From the output back to q, k, v side by side: (..., T, C) -> (..., T, 3 C)."""
         do = split_heads(u @ matrix(self.layers.wo), self.layers.heads)  # (..., H, T, D)
-        # rowsum(weights * (do v^T)) = <do, mixed>, a sum over D instead of T
-        ds = (do @ self.v.mT).sub_((do * self.mixed).sum(-1, keepdim=True)).mul_(self.weights)  # (..., H, T, T)
-        dq, dk, dv = ds @ self.k_scaled, ds.mT @ self.q_scaled, self.weights.mT @ do
+        along, to_q = (do * self.mixed).sum(-1, keepdim=True), list[Tensor]()
+        for rows, keys, weights in self._blocks():
+            some = do[..., rows, :]
+            # rowsum(weights * (do v^T)) = <do, mixed>, a sum over D instead of T
+            ds = (some @ self.v[..., keys, :].mT).sub_(along[..., rows, :]).mul_(weights)  # (..., H, R, T)
+            if not to_q:
+                dk, dv = ds.mT @ self.q_scaled[..., rows, :], weights.mT @ some
+            else:
+                dk[..., keys, :] += ds.mT @ self.q_scaled[..., rows, :]
+                dv[..., keys, :] += weights.mT @ some
+            to_q.append(ds @ self.k_scaled[..., keys, :])
+            del weights, ds  # before the next block makes its own
+        dq = joined(to_q)
         if self.layers.qk_norm:
             dq, dk = unit_rms_slope(dq, self.q, self.q_inverse), unit_rms_slope(dk, self.k, self.k_inverse)
         return torch.cat([merge_heads(part) for part in (dq, dk, dv)], -1)
@@ -108,7 +155,7 @@ class LinearAttentionSlope(AttentionSlope):
         self.mixed = self.q @ self.memory * self.inverse
 
     @property
-    def weights(self) -> Tensor:  # type: ignore[override]  # made when asked for
+    def weights(self) -> Tensor:
         """The attention weights that it amounts to, (..., H, T, T)."""
         return self.q @ self.k.mT * self.inverse
 

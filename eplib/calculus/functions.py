@@ -103,17 +103,18 @@ def merge_heads(a: Tensor) -> Tensor:
     return a.transpose(-3, -2).flatten(-2)  # (..., H, T, D) -> (..., T, C)
 
 
-def attention_weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D)) (..., H, T, T); for complex q, k the ratio of exponentials, with a pole where their sum is
-    zero."""
+def attention_weights(q: Tensor, k: Tensor, causal: bool, first: int = 0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) (..., H, R, T) of R queries, of which the first is that of token `first`; for complex q, k the
+    ratio of exponentials, with a pole where their sum is zero."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT
     if not scores.is_complex():
         if causal:  # adding takes less time than filling
-            scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+            future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1 + first)
+            scores = scores + future
         return scores.softmax(-1)
     if causal:
-        future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
+        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1 + first)
+        scores = scores.masked_fill(later, -torch.inf)
     raised = (scores - scores.real.amax(-1, keepdim=True)).exp()
     return raised / raised.sum(-1, keepdim=True)
 

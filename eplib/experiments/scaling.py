@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .. import parallel
 from ..blocks import Feedforward, Thick
+from ..calculus.attention import ROWS
 from ..diagnostics import LiveBytes
 from ..estimators import BPTT, Backprop, DyadicEP, Estimator, gradient
 from ..files import ROOT
@@ -41,7 +42,9 @@ class Size:
         return LanguageModel(vocab=self.vocab, width=self.width, heads=self.heads, context=self.context, block=block)
 
 
-COUNTED = Size(batch=4)  # where bytes are counted that are to be known of larger sizes
+FEW = replace(SOLVER, max_steps=3)
+WIDTHS = 64, 128  # at which bytes are counted that are to be known of larger ones
+TOKENS = 1024  # of a batch, at least, so that the gradients of the weights are not most of what is alive
 ARMS: dict[str, tuple[Any, Estimator]] = {"ep_linear": (Thick(), DyadicEP()), "bptt": (Thick(), BPTT(steps=SOLVER.max_steps)),
                                           "backprop": (Feedforward(), Backprop())}
 
@@ -122,42 +125,27 @@ def all_reduced(parameters: int, ranks: int) -> int:
 
 
 def counted(arm: str, size: Size) -> float:
-    """Bytes alive at once for each token of a batch, above what does not grow with the batch."""
+    """Bytes alive at once for each token of a batch, above what does not grow with the batch. A phase's do not depend on its
+    steps (F15), so it takes few."""
     block, estimator = ARMS[arm]
     model, peaks = size.model(block), []
     for batch in (size.batch, 2 * size.batch):
         inputs = torch.zeros(batch, size.context, dtype=torch.long)
         with LiveBytes() as counter:
-            gradient(model, inputs, inputs, estimator=estimator, solver=SOLVER, nudged=second(estimator))
+            gradient(model, inputs, inputs, estimator=estimator, solver=FEW, nudged=FEW if estimator.second_phase else None)
         peaks.append(counter.peak)
     return (peaks[1] - peaks[0]) / (size.batch * size.context)
 
 
-@dataclass(frozen=True)
-class PerToken:
-    """Bytes for each token, a C + b H T + c V + d: of a channel, of an attention weight, of a symbol, and the rest."""
-
-    width: float
-    attention: float
-    vocab: float
-    rest: float
-
-    @classmethod
-    def of(cls, arm: str, base: Size = COUNTED) -> "PerToken":
-        """From counts at `base` and with its width, heads and vocabulary doubled one by one."""
-        here = counted(arm, base)
-        width, attention, vocab = ((counted(arm, replace(base, **{name: 2 * getattr(base, name)})) - here) / units
-                                   for name, units in (("width", base.width), ("heads", base.heads * base.context),
-                                                       ("vocab", base.vocab)))
-        found = cls(width, attention, vocab, 0.0)
-        return replace(found, rest=here - found.at(base))
-
-    def at(self, size: Size) -> float:
-        return self.width * size.width + self.attention_at(size) + self.vocab * size.vocab + self.rest
-
-    def attention_at(self, size: Size) -> float:
-        """What of it holds attention weights."""
-        return self.attention * size.heads * size.context
+def per_token(arm: str, size: Size) -> float:
+    """The same of a size that is not here, from counts at widths of 64 and 128 with heads and vocabulary in proportion, between
+    which it is linear in the width. Of more than twice as many tokens as attention has rows of weights alive (`ROWS`), each
+    takes what it takes there."""
+    context = min(size.context, 2 * ROWS)
+    small, twice = (counted(arm, replace(
+        size, width=width, heads=size.heads * width // size.width, vocab=size.vocab * width // size.width, context=context,
+        batch=max(1, TOKENS // context))) for width in WIDTHS)
+    return small + (twice - small) * (size.width - WIDTHS[0]) / (WIDTHS[1] - WIDTHS[0])
 
 
 @dataclass(frozen=True)
@@ -172,11 +160,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Planned:
-    """One arm on a cluster whose memory is full: bytes for each token, and those of them that hold attention weights, sequences
-    of each rank, force evaluations of a step, seconds of it that compute, seconds that sum the gradient."""
+    """One arm on a cluster whose memory is full: bytes for each token, sequences of each rank, force evaluations of a step,
+    seconds of it that compute, seconds that sum the gradient."""
 
     bytes_per_token: float
-    attention_bytes: float
     sequences: int
     evaluations: int
     computing: float
@@ -191,16 +178,17 @@ class Planned:
 def planned(arm: str, size: Size, cluster: Cluster) -> Planned:
     """An evaluation takes 2 (12 C^2 + 2 T C) operations a token, and readout and loss as much as backpropagation through them;
     the gradient is summed when it is whole, by every arm."""
-    weights, each = parameters(size), PerToken.of(arm)
+    weights, each = parameters(size), per_token(arm, size)
     free = cluster.memory - (ADAM + 1) * FLOAT * weights  # the message is one more
-    sequences = int(free // (each.at(size) * size.context))
+    sequences = int(free // (each * size.context))
     block, estimator = ARMS[arm]
-    inputs = torch.zeros(1, COUNTED.context, dtype=torch.long)
-    report = gradient(COUNTED.model(block), inputs, inputs, estimator=estimator, solver=SOLVER, nudged=second(estimator))
+    small = Size(context=8)
+    inputs = torch.zeros(1, small.context, dtype=torch.long)
+    report = gradient(small.model(block), inputs, inputs, estimator=estimator, solver=SOLVER, nudged=second(estimator))
     evaluations = int(report.measured["force_evaluations"])
     operations = 2 * (12 * size.width**2 + 2 * size.context * size.width) * evaluations + 6 * size.width * size.vocab
-    return Planned(each.at(size), each.attention_at(size), sequences, evaluations,
-                   sequences * size.context * operations / cluster.speed, all_reduced(weights, cluster.ranks) / cluster.link)
+    return Planned(each, sequences, evaluations, sequences * size.context * operations / cluster.speed,
+                   all_reduced(weights, cluster.ranks) / cluster.link)
 
 
 if __name__ == "__main__":

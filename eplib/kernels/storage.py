@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MEMORY = 16  # of Anderson, at most
 SHAPES = 8  # of states of which memory is kept
 CHUNK = 2  # tokens that are settled together, where the solver leaves it open
+KEPT = 256  # tokens of which attention weights are kept; of more the kernel makes them anew, and memory grows as T, not as T^2
 OUTCOME = 6  # of each sample: squares, allowed, rate (float), evaluations, fallbacks, diverged (int)
 
 
@@ -76,8 +77,9 @@ class Storage:
         layers, tokens = compiled.block.layers, z.shape[-2]
         self.samples, padded = z.shape[:-2].numel(), compiled.library.eplib_padded(tokens)
         heads, width, hidden, rows = layers.heads, compiled.width, compiled.hidden, self.samples * tokens
-        sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, rows * heads * padded,
-                 rows * heads, rows * (width + hidden), rows * hidden, 2 * rows * heads * layers.qk_norm)
+        weights = rows * heads * padded if tokens <= KEPT else 0
+        sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, weights, 2 * rows * heads,
+                 rows * (width + hidden), rows * hidden, 2 * rows * heads * layers.qk_norm)
         kept = self.spare[sizes] = self.spare.pop(sizes, [])
         if len(self.spare) > SHAPES:
             del self.spare[next(iter(self.spare))]

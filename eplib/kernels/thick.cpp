@@ -40,6 +40,7 @@ constexpr float GROWTH = 1e3f;       // a state or residual this many times its 
 constexpr int ROWS = 24;             // rows of a product that are computed together
 constexpr int HELD = LANES == 16 ? 8 : 6;  // rows of two vectors whose sums are held in registers; AVX-512 has 32 of them
 constexpr int DEPTH = 256;           // terms of a product that are summed in registers at once
+constexpr int QUERIES = 256;         // whose attention weights and their slopes a thread has at once
 
 static int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 static vec &at(float *p) { return *reinterpret_cast<vec *>(p); }
@@ -136,10 +137,10 @@ struct Shape {
 };
 
 // What a linearisation keeps of each sample, (samples, ...): n (T, C), 1 / sigma (T), queries, keys and values (H, T, D), keys
-// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T) and one over
-// their sum before they were shared out (H, T), the input of `Out` (T, C + E): attention and gelu(h), and the slope of gelu
-// (T, E), which holds h itself until the unit is settled. Of linear attention q and k are the features; with qk_norm they are
-// normalised, and 1 / rms of the query and of the key (H, T, 2) is kept.
+// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T), or null where they
+// are made anew when needed, one over their sum before they were shared out and the largest score (H, T, 2), the input of `Out`
+// (T, C + E): attention and gelu(h), and the slope of gelu (T, E), which holds h itself until the unit is settled. Of linear
+// attention q and k are the features; with qk_norm they are normalised, and 1 / rms of the query and of the key (H, T, 2) is kept.
 struct Cache {
     float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *share, *out, *slope, *rms;
 };
@@ -332,20 +333,22 @@ static void scores(int count, int size, const float *a, const float *tile, float
     }
 }
 
-// Rows of one group of units and the work memory of the passes over them.
+// Rows of one group of units and the work memory of the passes over them, which have attention weights and their slopes of so
+// many rows at once.
 struct Pass {
     const Shape &s;
     const Packed &p;
     const Cache &cache;
-    const int T, C, H, E, D, N, TP;  // N: columns of In; TP: padded tokens
+    const int T, C, H, E, D, N, TP, queries;  // N: columns of In; TP: padded tokens
     const float root;
     std::vector<const float *> x;  // rows of a product
-    std::vector<float> &wide, &narrow, &slopes, &push;
+    std::vector<float> &wide, &narrow, &slopes, &push, &made;
 
-    Pass(const Shape &s, const Packed &p, const Cache &cache, int rows)
+    Pass(const Shape &s, const Packed &p, const Cache &cache, int rows, int most = QUERIES)
         : s(s), p(p), cache(cache), T(s.tokens), C(s.width), H(s.heads), E(s.hidden), D(C / H), N(3 * C + E), TP(padded(T)),
-          root(1 / std::sqrt(float(D))), x(rows), wide(kept<0>(size_t(rows) * padded(N))),
-          narrow(kept<1>(size_t(rows) * padded(C))), slopes(kept<2>(size_t(rows) * H * TP)), push(kept<3>(size_t(rows) * C)) {}
+          queries(std::min(rows, most)), root(1 / std::sqrt(float(D))), x(rows), wide(kept<0>(size_t(rows) * padded(N))),
+          narrow(kept<1>(size_t(rows) * padded(C))), slopes(kept<2>(size_t(queries) * H * TP)),
+          push(kept<3>(size_t(rows) * C)), made(kept<5>(cache.weights ? 0 : size_t(queries) * H * TP)) {}
 
     // Memory that a thread keeps from one call to the next: fresh pages cost more than what is computed in them.
     template <int Name>
@@ -384,10 +387,30 @@ struct Pass {
         for (int d = 0; d < D; d++) to[d * PANEL] = from[d];
     }
     size_t query(Row r, int h) const { return (size_t(r.sample) * H + h) * T + r.token; }
-    float *weight(Row r, int h) const { return cache.weights + query(r, h) * TP; }
+
+    // The attention weights of a row: those that are kept, or room for them
+    float *weights(Row r, int h, float *room) const { return cache.weights ? cache.weights + query(r, h) * TP : room; }
+
+    // The same, once `force` has been there: where they are not kept they are made anew, bit for bit.
+    const float *weights_again(Row r, int h, float *room) const {
+        float *w = weights(r, h, room);
+        if (cache.weights) return w;
+        const int count = reach(r.token);
+        const float share = cache.share[2 * query(r, h)], top = cache.share[2 * query(r, h) + 1];
+        scores(count, D, cache.q + row(r, h), cache.k_tiles + tiles(r.sample, h), w);
+        int end = 0;
+        for (; end < count; end += LANES) at(w + end) = (s.linear ? at(w + end) : exponential((at(w + end) - top) * root)) * share;
+        std::fill(w + count, w + end, 0.f);
+        return w;
+    }
+
+    // Where they and their slopes are of row i of a pass over `rows` whose present queries begin at `begin`
+    size_t place_of_query(int rows, int begin, int i, int h) const {
+        return (size_t(h) * std::min(queries, rows - begin) + i - begin) * TP;
+    }
 
     // What the scores of a query do to its weights w, but for what they all lose to the sum.
-    vec growth(Row r, int h, const float *w) const { return s.linear ? all(cache.share[query(r, h)]) : at(w) * root; }
+    vec growth(Row r, int h, const float *w) const { return s.linear ? all(cache.share[2 * query(r, h)]) : at(w) * root; }
 
     // From a change of queries and keys (2 C) to that of their features or of what is normalised, or back.
     void through_features(Row r, float *to) const {
@@ -407,13 +430,14 @@ struct Pass {
             }
     }
 
-    // work(row, head), the rows of one sample in turn for each head, so that its keys and values stay in the fastest cache
+    // work(row, head) of rows begin..stop, those of one sample in turn for each head, so that its keys and values stay in the
+    // fastest cache
     template <class Work>
-    void by_head(const std::vector<Row> &rows, Work work) const {
-        for (size_t begin = 0, end; begin < rows.size(); begin = end) {
-            for (end = begin + 1; end < rows.size() && rows[end].sample == rows[begin].sample;) end++;
+    void by_head(const std::vector<Row> &rows, int begin, int stop, Work work) const {
+        for (int end; begin < stop; begin = end) {
+            for (end = begin + 1; end < stop && rows[end].sample == rows[begin].sample;) end++;
             for (int h = 0; h < H; h++)
-                for (size_t i = begin; i < end; i++) work(i, h);
+                for (int i = begin; i < end; i++) work(i, h);
         }
     }
 
@@ -451,24 +475,26 @@ struct Pass {
                 at(out + j) = hidden * gate(hidden);
             }
         }
-        by_head(rows, [&](int i, int h) {
+        by_head(rows, 0, R, [&](int i, int h) {
             const Row r = rows[i];
             const int count = reach(r.token);
-            float *out = cache.out + place(r) * (C + E), *w = weight(r, h);
+            float *out = cache.out + place(r) * (C + E), *w = weights(r, h, made.data());
             scores(count, D, cache.q + row(r, h), cache.k_tiles + tiles(r.sample, h), w);
             int end = count;
             for (; end % LANES; end++) w[end] = s.linear ? 0 : -INFINITY;
             vec sum{};
+            float top = 0;
             if (s.linear) {
                 for (int j = 0; j < end; j += LANES) sum += at(w + j);
             } else {
                 vec most = at(w);
                 for (int j = LANES; j < end; j += LANES) most = at(w + j) > most ? at(w + j) : most;
-                const float top = largest(most);
+                top = largest(most);
                 for (int j = 0; j < end; j += LANES) sum += at(w + j) = exponential((at(w + j) - top) * root);
                 for (int j = count; j < end; j++) w[j] = 0;  // 2^-80 in a sum of at least 1 is nothing
             }
-            const float share = cache.share[query(r, h)] = 1 / total(sum);
+            const float share = cache.share[2 * query(r, h)] = 1 / total(sum);
+            cache.share[2 * query(r, h) + 1] = top;
             for (int j = 0; j < end; j += LANES) at(w + j) *= share;
             mixture(count, D, w, 1, cache.v + row({r.sample, 0}, h), D, out + h * D);
             x[i] = out;
@@ -505,28 +531,34 @@ struct Pass {
             float *to = back(i) + 3 * C;
             for (int j = 0; j < E; j += LANES) at(to + j) = at(y + j) * at(slope + j);
         }
-        by_head(rows, [&](int i, int h) {
-            const Row r = rows[i];
-            const float *w = weight(r, h), *drawn = &wide[size_t(i) * OP] + h * D, *out = cache.out + place(r) * (C + E);
-            const int count = reach(r.token);
-            float *ds = &slopes[(size_t(h) * R + i) * TP];
-            scores(count, D, drawn, cache.v_tiles + tiles(r.sample, h), ds);
-            const float along = dot(D, drawn, out + h * D);
-            for (int j = 0; j < count; j += LANES) at(ds + j) = growth(r, h, w + j) * (at(ds + j) - along);
-            mixture(count, D, ds, 1, cache.k + row({r.sample, 0}, h), D, back(i) + h * D);
-        });
-        by_head(rows, [&](int i, int h) {  // what the unit's own queries send to its keys and values
-            const Row r = rows[i];
-            const int start = i - (r.token - first(i)), from = s.causal ? i : start;
-            int end = from;
-            while (end < R && first(end) == first(i) && rows[end].sample == r.sample) end++;
-            float *to = back(i) + C + h * D;
-            const float *ds = &slopes[(size_t(h) * R + from) * TP + r.token];
-            mixture(end - from, D, ds, TP, cache.q + row(rows[from], h), D, sum);
-            axpy(D, 1, sum, to);
-            mixture(end - from, D, weight(rows[from], h) + r.token, TP, &wide[size_t(from) * OP + h * D], OP, sum);
-            axpy(D, 1, sum, to + C);
-        });
+        for (int begin = 0; begin < R; begin += queries) {
+            const int stop = std::min(R, begin + queries);
+            auto ready = [&](int i, int h) { return place_of_query(R, begin, i, h); };
+            by_head(rows, begin, stop, [&](int i, int h) {
+                const Row r = rows[i];
+                const float *drawn = &wide[size_t(i) * OP] + h * D, *out = cache.out + place(r) * (C + E);
+                const float *w = weights_again(r, h, made.data() + ready(i, h));
+                const int count = reach(r.token);
+                float *ds = &slopes[ready(i, h)];
+                scores(count, D, drawn, cache.v_tiles + tiles(r.sample, h), ds);
+                const float along = dot(D, drawn, out + h * D);
+                for (int j = 0; j < count; j += LANES) at(ds + j) = growth(r, h, w + j) * (at(ds + j) - along);
+                mixture(count, D, ds, 1, cache.k + row({r.sample, 0}, h), D, back(i) + h * D);
+            });
+            by_head(rows, 0, s.causal ? stop : R, [&](int i, int h) {  // what queries of its own unit send to a token's keys and values
+                const Row r = rows[i];
+                const int start = i - (r.token - first(i)), from = std::max(begin, s.causal ? i : start);
+                int end = from;
+                while (end < stop && first(end) == first(i) && rows[end].sample == r.sample) end++;
+                if (end == from) return;
+                float *to = back(i) + C + h * D;
+                const float *w = weights(rows[from], h, made.data() + ready(from, h)) + r.token;
+                mixture(end - from, D, &slopes[ready(from, h)] + r.token, TP, cache.q + row(rows[from], h), D, sum);
+                axpy(D, 1, sum, to);
+                mixture(end - from, D, w, TP, &wide[size_t(from) * OP + h * D], OP, sum);
+                axpy(D, 1, sum, to + C);
+            });
+        }
         for (int i = 0; i < R; i++) {
             x[i] = back(i);
             through_features(rows[i], back(i));
@@ -570,7 +602,7 @@ struct Pass {
             float *to = &inputs[size_t(i) * (C + E)];
             x[i] = to;
             for (int h = 0; h < H; h++) {
-                const float *w = weight(r, h);
+                const float *w = weights_again(r, h, made.data());
                 float *ds = slopes.data();
                 scores(count, D, y + h * D, cache.k_tiles + tiles(r.sample, h), ds);
                 if (own) ds[r.token] += dot(D, cache.q + row(r, h), y + C + h * D);  // no key moves but its own
@@ -694,19 +726,20 @@ struct Adjoint {
         for (size_t i = 0; i < rows.size(); i++) axpy(C, 1, slope + pass.place(rows[i]) * C, &pass.push[i * C]);
     }
     void settle(Pass &pass, const std::vector<Pass::Row> &rows, int begin, int end) const {
-        if (!pass.s.causal) return;
-        const int C = pass.C, D = pass.D, before = rows[begin].token;
+        const int C = pass.C, D = pass.D, before = pass.s.causal ? rows[begin].token : 0;
+        if (!before) return;  // else the pass has all its queries at hand
         const float *none = Pass::kept<4>(D).data();  // zeros
         for (int i = begin; i < end; i += 2)  // two rows at once: what they are added to is read and written once
             for (int h = 0; h < pass.H; h++) {
                 const int j = i + 1 < end ? i + 1 : i;
-                auto ds = [&](int k) { return &pass.slopes[(size_t(h) * rows.size() + k) * pass.TP]; };
+                auto at_hand = [&](int k) { return pass.place_of_query(rows.size(), 0, k, h); };
+                auto ds = [&](int k) { return &pass.slopes[at_hand(k)]; };
+                auto w = [&](int k) { return pass.weights(rows[k], h, pass.made.data() + at_hand(k)); };
                 auto q = [&](int k) { return pass.cache.q + pass.row(rows[k], h); };
                 auto drawn = [&](int k) { return &pass.wide[size_t(k) * padded(C + pass.E)] + h * D; };
                 float *to = sent + size_t(rows[i].sample) * pass.T * 2 * C + h * D;
                 spread(before, D, ds(i), q(i), ds(j), j > i ? q(j) : none, to, 2 * C);
-                spread(before, D, pass.weight(rows[i], h), drawn(i), pass.weight(rows[j], h), j > i ? drawn(j) : none, to + C,
-                       2 * C);
+                spread(before, D, w(i), drawn(i), w(j), j > i ? drawn(j) : none, to + C, 2 * C);
             }
     }
 };
@@ -735,7 +768,8 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
     const int together = std::max(1, std::min(ROWS / chunk, (samples + threads - 1) / threads));
     std::atomic<int> next{0};
     parallel(threads, [&] {
-        Pass pass(s, p, cache, together * chunk);
+        // a unit that is not a whole sample hands on its slopes when it is settled
+        Pass pass(s, p, cache, together * chunk, chunk < T ? std::max(QUERIES, chunk) : QUERIES);
         std::vector<Unit> units(together, Unit(chunk * C, solver.memory));
         std::vector<Pass::Row> rows;
         std::vector<int> first;
