@@ -5,12 +5,14 @@
     python -m pipelines.notebook strip [NAME ...]           drop outputs and metadata from notebooks/ (all by default)
     python -m pipelines.notebook check                      say which notebooks are not as git should hold them
 
-The stage that runs a notebook executes the normalised copy, so what ran is what the lock file says ran.
+The stage that runs a notebook executes the normalised copy, so what ran is what the lock file says ran; by hand the copy is
+written first.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import time
@@ -121,6 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "source":
         write_source(options.name, options.profile)
     elif options.command == "run":
+        if "DVC_STAGE" not in os.environ:  # by hand the notebook as it is now; a stage runs what it depends on
+            write_source(options.name, options.profile)
         run(options.name, options.profile)
     elif options.command == "strip":
         for name in options.name or notebook_names():

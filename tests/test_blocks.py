@@ -19,7 +19,8 @@ from systems import TIGHT, transformer
 EQUILIBRIUM = [blocks.Thick(init=1.0, damping=0.3), blocks.Thick(init=1.0, qk_norm=True), blocks.Layered(layers=3, init=1.0),
                blocks.Thick(init=1.0, damping=0.3, learned_damping=True, gated=1.5),
                blocks.Layered(layers=2, init=1.0, gated=0.7),
-               blocks.Attractor(layers=2, init=1.0), blocks.Thin(init=1.0), blocks.Energy(init=1.0), blocks.Monotone()]
+               blocks.Attractor(layers=2, init=1.0), blocks.LayeredAttractor(layers=2, init=1.0),
+               blocks.Thin(init=1.0), blocks.Energy(init=1.0), blocks.Monotone()]
 IMAGE = [blocks.Thick(init=1.0, causal=False), blocks.Layered(layers=2, init=1.0, causal=False),
          blocks.Thin(init=1.0, causal=False), blocks.Energy(init=1.0, causal=False), blocks.Monotone(causal=False),
          blocks.LinearAttention(init=1.0), blocks.LinearAttention(init=1.0, symmetric=True)]
@@ -192,6 +193,35 @@ def test_an_attractor_refines_its_backbone_and_works_with_the_solver_removed():
     assert torch.allclose(removed.value, model.block.backbone.start(embedded), atol=1e-12) and removed.steps.tolist() == [0] * 3
     refined = model.settle(inputs, TIGHT)
     assert refined.residual.max() < 1e-11 < removed.residual.min()
+
+
+def test_an_attractor_with_its_backbone_in_the_state_is_the_same_network_and_gradient():
+    """Fixed point, loss and the gradient in every weight: once with the backbone by autograd, once all of it from one adjoint
+    state. The spectrum is the head's and the backbone's -1."""
+    torch.manual_seed(1)
+    inside, outside = (models.LanguageModel(vocab=7, width=8, heads=2, context=5, block=kind(layers=2, init=0.3)).double()
+                       for kind in (blocks.LayeredAttractor, blocks.Attractor))
+
+    def theirs(name):
+        return name.replace("block.head.layers", "block.layers")
+
+    outside.load_state_dict({theirs(name): value for name, value in inside.state_dict().items()})
+    inputs = torch.randint(7, (3, 5))
+    targets = torch.randint(7, (3, 5))
+    reports = [eplib.gradient(model, inputs, targets, estimator=estimators.DyadicEP(), solver=TIGHT, nudged=TIGHT)
+               for model in (inside, outside)]
+    assert torch.allclose(inside.block.output(reports[0].free.value), reports[1].free.value, atol=1e-10)
+    assert set(reports[0].grads) == {name for name, _ in inside.named_parameters()}
+    for name, value in reports[0].grads.items():
+        assert torch.allclose(value, reports[1].grads[theirs(name)], rtol=1e-7, atol=1e-10), name
+    x = inside.clamp(inputs)[:1].detach()
+    z = reports[0].free.value[:1]
+    dense = torch.autograd.functional.jacobian(lambda state: inside.block(state, x), z).reshape(z.numel(), z.numel())
+    head = dense[-40:, -40:]
+    assert torch.equal(dense[:80, 80:], torch.zeros(80, 40, dtype=torch.float64))
+    assert torch.allclose(dense[:80, :80].diagonal(), -torch.ones(80, dtype=torch.float64))
+    of_all, of_head = (torch.linalg.eigvals(part).real.max().item() for part in (dense, head))
+    assert of_all == pytest.approx(of_head, abs=1e-8)
 
 
 def test_the_complex_extension_is_holomorphic_and_real_on_the_real_axis():

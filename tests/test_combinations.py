@@ -96,6 +96,7 @@ BLOCKS = {
     "damped": (blocks.Thick(init=0.3, damping=0.2), None), "qk_norm": (blocks.Thick(init=0.3, qk_norm=True), None),
     "gated": (blocks.Thick(init=0.6, gated=1.0, damping=0.2, learned_damping=True), None),
     "Attractor": (blocks.Attractor(init=0.3), None), "Layered": (blocks.Layered(layers=2, init=0.3), None),
+    "LayeredAttractor": (blocks.LayeredAttractor(init=0.3), None),
     "Thin": (blocks.Thin(), None), "Energy": (blocks.Energy(), None), "Energy, image": (blocks.Energy(causal=False), None),
     "Monotone": (blocks.Monotone(bound=0.5), None), "LinearAttention": (blocks.LinearAttention(init=0.1), None),
     "LinearAttention, symmetric": (blocks.LinearAttention(symmetric=True), None), "Feedforward": (blocks.Feedforward(), None),

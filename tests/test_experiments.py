@@ -1,12 +1,15 @@
 """What notebooks conclude from their runs, on runs made up so that the conclusion is known."""
 
+import importlib
+import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eplib import plotting, verdicts
-from eplib.experiments import architectures, branches, mnist, screen, seeds, shakespeare
+from eplib import files, plotting, verdicts
+from eplib.experiments import architectures, branches, mnist, screen, seeds, shakespeare, words
 from eplib.store import records
 from eplib.store.comparisons import compare
 
@@ -132,10 +135,32 @@ def test_two_runs_are_the_same_up_to_the_first_window_in_which_their_losses_diff
     assert architectures.apart({"layered": arms["layered"]}, "layered") == [] and not len(architectures.logged({}))
 
 
-@pytest.mark.parametrize(("low", "high", "n", "words"), [(-5e-4, 4e-4, 3, "same network"), (-5e-4, 2e-3, 3, "not within"),
-                                                         (None, None, 2, "too few seeds")])
-def test_layered_is_its_twin_only_where_the_whole_interval_says_so(low, high, n, words):
-    assert words in architectures.reading({"mean": 1e-4, "low": low, "high": high, "n": n})
+@pytest.mark.parametrize(("low", "high", "n", "said"), [(-5e-4, 4e-4, 3, "same network"), (-5e-4, 2e-3, 3, "Not within"),
+                                                         (None, None, 2, "Fewer than 3 seeds decide nothing")])
+def test_layered_is_its_twin_only_where_the_whole_interval_says_so(low, high, n, said):
+    found = architectures.summary({}, [], [], 200) | {"layered_minus_twin": {"mean": 1e-4, "low": low, "high": high, "n": n}}
+    assert said in " ".join(architectures.reading(found))
+
+
+@pytest.mark.parametrize(("found", "expected"), [
+    ({"mean": 0.5, "low": 0.2, "high": 0.8, "n": 3}, "A: +0.50 nats [+0.20, +0.80], n = 3. The interval is above zero."),
+    ({"mean": -0.5, "low": -0.8, "high": -0.2, "n": 3}, "A: -0.50 nats [-0.80, -0.20], n = 3. The interval is below zero."),
+    ({"mean": 0.5, "low": -0.2, "high": 1.2, "n": 4}, "A: +0.50 nats [-0.20, +1.20], n = 4. The interval does not tell it from "
+     "zero."),
+    ({"mean": 0.5, "low": None, "high": None, "n": 1}, "A: +0.50 nats, n = 1. Fewer than 3 seeds decide nothing."),
+    ({"mean": 0.5, "low": 0.2, "high": 0.8, "n": 3, "undecided": "half settled"},
+     "A: +0.50 nats [+0.20, +0.80], n = 3. It decides nothing: half settled."),
+    ({"mean": None, "low": None, "high": None, "n": 0}, "A: no run recorded.")])
+def test_a_difference_is_read_by_its_interval(found, expected):
+    assert words.difference("A", found, "nats") == expected
+
+
+@pytest.mark.parametrize("notebook", ["mnist", "shakespeare", "stability", "architectures", "screen"])
+def test_a_notebook_ends_in_sentences(notebook):
+    """Of what is recorded: a reading is a text, not a dictionary."""
+    path = files.ROOT / "results" / "paper" / notebook / "summary.json"
+    said = importlib.import_module(f"eplib.experiments.{notebook}").reading(json.loads(path.read_text()))
+    assert said and all(line.endswith(".") and not re.search(r"None|nan|[{}]", line) for line in said), said
 
 
 def branch(arm, loss, seed, step):

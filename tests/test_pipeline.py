@@ -205,6 +205,18 @@ def test_saving_outputs_does_not_change_the_normalised_copy_and_an_edit_does(tre
     assert cells.write_source("toy", "quick", tree).read_bytes() != before
 
 
+@pytest.mark.parametrize(("stage", "expected"), [(None, ["source", "run"]), ("notebook-toy", ["run"])])
+def test_by_hand_a_notebook_runs_as_it_is_now_and_a_stage_what_it_depends_on(stage, expected, monkeypatch):
+    called = []
+    monkeypatch.setattr(notebook, "write_source", lambda *of: called.append("source"))
+    monkeypatch.setattr(notebook, "run", lambda *of: called.append("run"))
+    monkeypatch.setattr(notebook.signal, "signal", lambda *of: None)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    if stage:
+        monkeypatch.setenv("DVC_STAGE", stage)
+    assert notebook.main(["run", "toy", "--profile", "quick"]) == 0 and called == expected
+
+
 def test_the_save_hook_of_jupyter_drops_only_empty_cells_at_the_end():
     model = {"type": "notebook", "content": made_of("1", "", "2", "", " \n")}
     notebook.drop_empty_end(model, path="x", contents_manager=None)

@@ -673,8 +673,8 @@ def test_an_adaptive_run_records_how_many_steps_the_test_images_take(root):
     assert noisy["1e-05"]["mean"] != clean["1e-05"]["mean"] and len(clean["0.001"]["by_margin"]) == 10
 
 
-@pytest.mark.parametrize("block", [blocks.Layered(layers=2), blocks.Attractor(), blocks.Thin(), blocks.Energy(),
-                                   blocks.Monotone()], ids=lambda block: block.kind)
+@pytest.mark.parametrize("block", [blocks.Layered(layers=2), blocks.Attractor(), blocks.LayeredAttractor(), blocks.Thin(),
+                                   blocks.Energy(), blocks.Monotone()], ids=lambda block: block.kind)
 def test_every_architecture_trains_under_the_penalty_and_is_evaluated(block, root):
     run = Store("x", root).run(config(model=Transformer(width=8, heads=2, context=8, block=block),
                                       solver=Relaxation(step=0.8, max_steps=30, tol=1e-3), optimiser=Optimiser(lr=1e-2),

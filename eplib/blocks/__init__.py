@@ -20,7 +20,7 @@ States are (..., T, C), or (..., L, T, C) for a stack of L layers: any number of
 trajectories run as one batch.
 """
 
-from .attractor import Attractor, AttractorBlock
+from .attractor import Attractor, AttractorBlock, LayeredAttractor, LayeredAttractorBlock
 from .base import Block, Dynamical, Jacobian
 from .energy import Energy, EnergyBlock
 from .given import FromEnergy
@@ -33,5 +33,5 @@ from .thick import EquilibriumBlock, Thick
 from .thin import Thin, ThinBlock
 
 __all__ = ["Attractor", "AttractorBlock", "Block", "Dynamical", "Energy", "EnergyBlock", "EquilibriumBlock", "Feedforward",
-           "FeedforwardBlock", "FromEnergy", "Jacobian", "Layered", "LayeredBlock", "LinearAttention", "Mixed", "MixedBlock",
-           "Monotone", "MonotoneBlock", "Packed", "Thick", "Thin", "ThinBlock"]
+           "FeedforwardBlock", "FromEnergy", "Jacobian", "Layered", "LayeredAttractor", "LayeredAttractorBlock", "LayeredBlock",
+           "LinearAttention", "Mixed", "MixedBlock", "Monotone", "MonotoneBlock", "Packed", "Thick", "Thin", "ThinBlock"]

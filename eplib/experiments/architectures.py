@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from .. import plotting
 from ..store import tables
 from ..store.comparisons import excursions, spread
 from ..store.runs import Run
+from ..verdicts import FEWEST
+from . import words
 
 TWIN = "layered_backprop"
 SAME = 1e-5  # nats: a difference of the training loss below it is that of round-off
@@ -51,6 +54,7 @@ def summary(arms: Arms, runs: Iterable[Run], absent: list[str], steps: int) -> d
         "layered_same_steps": min((same_steps(gap, at) for gap in apart(arms, "layered")), default=None),
         **{arm: tables.final(arms, arm) for arm in ("thick", "thin", "energy", "monotone", "attractor")},
         "attractor_minus_twin": tables.paired(arms, "attractor", TWIN),
+        "inside_minus_attractor": tables.paired(arms, "layered_attractor", "attractor"),
         "attractor_solver_removed": next((run.metrics.get("solver_removed") for run in arms.get("attractor", ())), None),
         "attractor_without_solver": tables.interval(removed), "energy_minus_bptt": tables.paired(arms, "energy", "energy_bptt"),
         "excursions": excursions(runs, absent), "steps": steps,
@@ -58,9 +62,20 @@ def summary(arms: Arms, runs: Iterable[Run], absent: list[str], steps: int) -> d
         "layered_sweeps": max((model.block.layers for model in layers), default=None)}
 
 
-def reading(twin: dict[str, Any]) -> str:
-    """What the difference between Layered by EP and its twin says, in words."""
-    within = twin["n"] >= 3 and max(abs(twin["low"]), abs(twin["high"])) < 1e-3
-    return f"Layered by EP ends {abs(twin['mean']):.1e} nats from its twin by backpropagation: " + (
-        "the same network by another rule." if within else "too few seeds to say more." if twin["n"] < 3
-        else "not within 1e-3 over these seeds, as of runs that round-off has parted.")
+def reading(found: dict[str, Any]) -> list[str]:
+    """What a summary says, in sentences."""
+    twin = found["layered_minus_twin"]
+    said = [words.difference("Layered by EP minus its twin by backpropagation", twin, "nats", 5)]
+    if twin["n"] >= FEWEST:
+        within = max(abs(twin["low"]), abs(twin["high"])) < 1e-3
+        said.append("The same network by another rule." if within
+                    else "Not within 1e-3 over these seeds, as of runs that round-off has parted.")
+    if found["layered_same_steps"] is not None:
+        said.append(f"Their training losses are the same to {SAME:g} for {found['layered_same_steps']} steps.")
+    said += [words.difference(name, found[key], "nats", 4) for key, name in (
+        ("attractor_minus_twin", "Attractor minus the twin"),
+        ("inside_minus_attractor", "Attractor, its backbone in the state, minus with the backbone by autograd"),
+        ("energy_minus_bptt", "Energy by EP minus by BPTT"))]
+    said += [words.level(f"{plotting.label(arm)}, validation loss", found[arm], "nats", 3)
+             for arm in ("thick", "thin", "energy", "monotone", "attractor")]
+    return [*said, f"Steps with an excursion on any architecture: {words.shown(found['excursions'], 0)}."]

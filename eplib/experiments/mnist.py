@@ -12,6 +12,7 @@ from ..store import tables
 from ..store.comparisons import Comparison, compare, differences, excursions, mean_loss
 from ..store.runs import Run
 from ..verdicts import FAILS, FEWEST, HOLDS, UNDECIDED
+from . import words
 from .seeds import interval, judge, relation, shown
 from .stability import largest_rate
 
@@ -249,3 +250,20 @@ def summary(found: Evidence, runs: list[Run], followed: list[Run], audited: list
         **{f"claims_{word}": sum(row[2] == verdict for row in claims)
            for word, verdict in (("failed", FAILS), ("held", HOLDS), ("open", UNDECIDED))},
     }
+
+
+def reading(found: dict[str, Any]) -> list[str]:
+    """What a summary says, in sentences."""
+    said = [words.level(f"{name}, test accuracy", found[f"{key}_accuracy"], "%") for key, name in (
+        ("ep", "EP, linear response"), ("two", "EP, two trajectories"), ("vector_field", "uncorrected EP"), ("bp", "backprop"))]
+    said += [words.difference(name, found[key], "points") for key, name in (
+        ("ep_minus_bptt", "Linear response minus BPTT, the price of the rule"),
+        ("two_minus_bptt", "Two trajectories minus BPTT"),
+        ("ep_minus_bp", "Linear response minus backprop"), ("vector_field_minus_ep", "Uncorrected minus corrected"),
+        ("wide_ep_minus_bp", "At the reference's width, linear response minus backprop"))]
+    said += [words.level(f"{name}, cosine with the exact gradient at the end", found[f"cosine_{key}"], "", 4)
+             for key, name in (("ep", "Linear response"), ("vector_field", "uncorrected EP"))]
+    return [*said, words.count(found["without_gradient"], found["steps"], "Updates without a gradient, all runs"),
+            words.count(found["excursions"], found["steps"], "Updates with an excursion, runs under control"),
+            f"Of the reference's claims {found['claims_held']} hold, {found['claims_failed']} fail and {found['claims_open']} "
+            "are not decided."]

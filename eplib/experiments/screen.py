@@ -11,7 +11,7 @@ from ..runconfig import RunConfig
 from ..store import tables
 from ..store.comparisons import mean_loss
 from ..store.runs import Run
-from . import seeds, stability
+from . import stability, words
 
 SECOND_HALF = 0.5
 HELD = ("token", "token_two")  # one control, two ways to the gradient
@@ -67,9 +67,7 @@ def reading(found: dict[str, Any]) -> list[str]:
     for name, arm, gap in (("EP by the linear response", "token", "token_minus_backprop"),
                            ("EP by two trajectories", "token_two", "two_minus_backprop")):
         edge = found.get(f"{arm}_abscissa") or {}
-        if found[gap]["n"]:
-            few = "" if found[gap]["n"] >= seeds.FEWEST else ", which decides nothing"
-            said.append(f"{name}, tokens held, minus backprop: {found[gap]['mean']:+.4f} nats, n = {found[gap]['n']}{few}.")
+        said.append(words.difference(f"{name}, tokens held, minus backprop", found[gap], "nats", 4))
         if edge.get("value") is not None:
             said.append(f"{name}: the furthest right of the evaluated tokens is at {edge['value']:.3f}, and "
                         f"{edge['crossed']} of {edge['n']} runs came above zero in the second half of training.")

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import plotting
 from ..store import tables
 from ..store.comparisons import excursions, mean_loss, spread
 from ..store.runs import Run
+from . import words
 from .stability import rate_step
 
 NEAR = 3e-3  # displacement up to which an audit by two trajectories is one of the linear response
@@ -69,6 +71,22 @@ def summary(arms: Arms, runs: list[Run], measured: Measured) -> dict[str, Any]:
         "settled_plane": tables.settled_cell(arms["ep_plane"]) if "ep_plane" in arms else None,
         "bptt_steps": measured.bptt_steps, "horizon_cosine": tables.interval(measured.horizon.get("bptt", ())),
         "horizon_cosine_ep": tables.interval(measured.horizon.get("ep_linear", ()))}
+
+
+def reading(found: dict[str, Any]) -> list[str]:
+    """What a summary says, in sentences."""
+    said = [words.difference(name, found[key], "nats", 4) for key, name in (
+        ("ep_minus_bptt", "Linear response minus BPTT, the price of the rule"),
+        ("two_trajectory_minus_bptt", "Two trajectories minus BPTT"),
+        ("ep_minus_bp", "Linear response minus backprop"), ("two_trajectory_minus_bp", "Two trajectories minus backprop"),
+        ("plane_minus_bp", "Linear response, rate on a plane, minus backprop"),
+        ("bptt_minus_bare", "BPTT with control minus without, the price of control"))]
+    said += [f"Steps with an excursion, {name}: {words.shown(found[f'excursions_{key}'], 0)}." for key, name in (
+        ("controlled", "EP under control"), ("plane", "EP, rate on a plane"), ("bptt", "BPTT under control"),
+        ("bptt_bare", "BPTT"), ("uncontrolled", "EP without control"))]
+    lost = {arm: found[f"lost_{arm}"] for arm in ("ep_linear", "ep", "bptt", "ep_plane", "ep_uncontrolled")}
+    return [*said, *(f"Steps without a gradient, {plotting.label(arm)}: {100 * share:.2f} %."
+                     for arm, share in lost.items() if share is not None)]
 
 
 def _audits(runs: list[Run]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..spectra import CONVERGED
 from ..store import tables
 from ..store.comparisons import best_of_grid, differences, excursions
 from ..store.runs import Run
+from . import words
 
 CONTROLLED = "rate_pair"
 NAMES = {"uncontrolled": "uncontrolled", "controlled": CONTROLLED, "leading": "leading"}  # in the summary -> arm
@@ -178,6 +179,25 @@ class Groups:
 def summary(groups: Groups, like: RunConfig) -> dict[str, Any]:
     """What the paper's text and claims read; `like` has the setting whose seeds the crossing is asked of."""
     return {**_spectra(groups, like), **_losses(groups), **_shares(groups)}
+
+
+def reading(found: dict[str, Any]) -> list[str]:
+    """What a summary says, in sentences."""
+    said = []
+    for name in NAMES:
+        if one := found[f"{name}_crossing"]:
+            said.append(f"{name}: {one['crossed']} of {one['n']} runs above zero, {one['oscillating']} of these in a complex "
+                        f"pair; furthest right {one['value']:.3f} at frequency {one['frequency']:.2f}"
+                        + (f"; not decided: {one['undecided']}." if "undecided" in one else "."))
+    said += [words.difference(name, found[key], "nats", 4) for key, name in (
+        ("pair_minus_one", "Rate on a plane minus on one vector"), ("pair_minus_norm", "Rate on a plane minus Jacobian norm"),
+        ("leading_minus_pair", "Leading mode minus rate on a plane"), ("damped_minus_not", "Rate on a plane, damped minus not"),
+        ("ep_minus_bp", "EP held on a plane minus backprop, each at its best learning rate"))]
+    return [*said, words.count(found["excursions_rate"], found["steps_rate"],
+                               "Steps with an excursion, rate or leading mode held"),
+            words.count(found["lost_controlled"], found["steps_controlled"], "Steps without a gradient, rate held on a plane"),
+            *(f"Runs with an excursion under one changed factor, {name}: {100 * share:.0f} %." for name in NAMES
+              if (share := found[f"share_{name}"]) is not None)]
 
 
 def _spectra(groups: Groups, like: RunConfig) -> dict[str, Any]:
