@@ -19,7 +19,7 @@ from .settings import PALETTE, ROOT, Look, default_look, looks, name_of
 
 WIDTHS = {"column": 3.4, "full": 7.0}  # inches
 SMOKE = "smoke profile: proves nothing"
-NOTHING = "no run of this recorded"
+NOTHING = "no run of this is recorded"
 
 _looks: dict[str, Look] = {}
 
@@ -56,8 +56,8 @@ def together(values: Mapping[str, Any]) -> dict[Any, str]:
 def rates_tried(rates: Mapping[str, Iterable[float]]) -> str:
     """A table's note on the learning rates that each method was trained at, those with the same ones together."""
     tried = together({method: ", ".join(f"{value:g}" for value in sorted(set(values))) for method, values in rates.items()})
-    return "; ".join(f"learning rates tried: {values} ({methods if len(tried) > 1 else 'every arm'})"
-                     for values, methods in tried.items())
+    return "learning rates tried: " + "; ".join(f"{values} ({methods if len(tried) > 1 else 'every arm'})"
+                                                for values, methods in tried.items())
 
 
 def style() -> None:

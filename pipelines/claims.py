@@ -94,10 +94,10 @@ def verdict(claim: dict[str, Any], found: Any, profile: str) -> tuple[str, str]:
     shown = found.get("mean", found.get("value")) if several else found
     if profile not in claim["decided_at"]:
         return UNDECIDED, "not at this profile"
-    if shown is None:
-        return UNDECIDED, "missing"
     if several and found.get("undecided"):
         return UNDECIDED, found["undecided"]
+    if shown is None:
+        return UNDECIDED, "missing"
     if not claim.get("seeds"):
         return by_value(claim["holds"], shown), ""
     if not several or not {"n", "low", "high"} <= found.keys():

@@ -228,7 +228,7 @@ def test_rates_tried_name_the_methods_where_they_differ():
     plotting.use("quick")
     assert plotting.rates_tried({"thick": [6e-3], "thin": [6e-3]}) == "learning rates tried: 0.006 (every arm)"
     assert plotting.rates_tried({"thick": [6e-3, 3e-3, 6e-3], "thin": [3e-3], "energy": [3e-3, 6e-3]}) == \
-        "learning rates tried: 0.003, 0.006 (Thick / Energy); learning rates tried: 0.003 (Thin)"
+        "learning rates tried: 0.003, 0.006 (Thick / Energy); 0.003 (Thin)"
 
 
 def draw(root: Path, profile: str) -> Path:

@@ -97,6 +97,7 @@ def verdicts_on(found: Mapping[str, Any]) -> Rows:
     rows = []
     for section, (hypothesis, key, holds) in SECTIONS.items():
         value, [(test, bound)] = found.get(key), holds.items()
+        value = value["value"] if isinstance(value, dict) else value
         asked = f"{verdicts.TESTS[test][1]} {bound:g}"
         rows.append([section, hypothesis, asked, None if value is None else f"{value:.4g}",
                      verdicts.UNDECIDED if value is None else verdicts.by_value(holds, value)])
@@ -112,6 +113,8 @@ def verdict(section: str, found: Mapping[str, Any]) -> str:
 def summary(arms: Arms, runs: list[Run], widths: Mapping[int, Arms], found: Mapping[str, Any]) -> dict[str, Any]:
     """What the paper's text and claims read, with what sections `found`."""
     held = [run for run in runs if run.config.arm in HELD]
+    if "homotopy_rescued" in found and found["homotopy_rescued"] is None:
+        found = {**found, "homotopy_rescued": {"value": None, "undecided": "Anderson's method stalled at no sequence"}}
     pairs = {"ep_minus_bp": ("ep_linear", "backprop"), "ep_minus_bptt": ("ep_linear", "bptt"), "two_minus_bptt": ("ep", "bptt"),
              "bptt_minus_bp": ("bptt", "backprop"), "recipe_minus_held": ("recipe_tracking", "ep_linear"),
              "frozen_minus_tracking": ("recipe_frozen", "recipe_tracking")}

@@ -148,12 +148,13 @@ def _of_accuracy(found: Evidence) -> Iterator[Row]:
         shown(mean_loss(pool, arm, "accuracy")) for pool in (found.arms, found.wide) for arm in ("reference", "ep_linear"))
     reached = True if HOLDS in theirs else False if theirs == {FAILS} else None
     yield ["92 to 94 % is what EP reaches",
-           f"reference {reference} %, corrected EP {ours} %; at width 256 {wide_reference} and {wide_ours} %",
+           f"reference {reference} %, corrected EP {ours} %; at width 256 "
+           + ("not run" if found.wide.get("reference") is None else f"{wide_reference} and {wide_ours} %"),
            verdicts.of(None if round(found.epochs) < 5 else reached)]
     free, held = (mean_loss(found.arms, arm, "accuracy") for arm in ("symmetric", "symmetric_controlled"))
     known = _enough(found.behind("symmetric"), found.behind("symmetric_controlled")) and free is not None and held is not None
-    yield ["the symmetric form does not train (10.2 %)", f"as it is {shown(free)} %, with the rate held {shown(held)} %",
-           verdicts.of(max(held or 0, free or 0) < 20 if known else None)]
+    seen = "not run" if free is held is None else f"as it is {shown(free)} %, with the rate held {shown(held)} %"
+    yield ["the symmetric form does not train (10.2 %)", seen, verdicts.of(max(held or 0, free or 0) < 20 if known else None)]
 
 
 def _of_nudges(found: Evidence) -> Iterator[Row]:
@@ -206,9 +207,11 @@ def _of_direction(found: Evidence) -> Row:
     exact, wrong = ([float(end(audits(run, "cosine")[1])) for run in found.behind(arm) if run.config.audit_every]
                     for arm, end in (("symmetric_controlled", np.min), ("reference", np.max)))
     known = min(len(exact), len(wrong)) >= FEWEST
-    return ["uncorrected EP has the gradient's direction in the symmetric form only (0.997, against 0.42)",
-            f"symmetric: lowest {shown(min(exact, default=None), 3)} along training; free weights: highest "
-            f"{shown(max(wrong, default=None), 3)}", verdicts.of(min(exact) > 0.99 and max(wrong) < 0.99 if known else None)]
+    seen = "not run" if not exact and not wrong else (
+        f"symmetric: lowest {shown(min(exact, default=None), 3)} along training; free weights: highest "
+        f"{shown(max(wrong, default=None), 3)}")
+    return ["uncorrected EP has the gradient's direction in the symmetric form only (0.997, against 0.42)", seen,
+            verdicts.of(min(exact) > 0.99 and max(wrong) < 0.99 if known else None)]
 
 
 def summary(found: Evidence, runs: list[Run], followed: list[Run], audited: list[str], claims: list[Row]) -> dict[str, Any]:

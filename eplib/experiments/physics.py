@@ -207,7 +207,9 @@ def q1(points: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Mapping[st
     cosine = lowest(places) if checkpoints else None  # a construction alone says nothing of a trained block
     plain = min((place["vector_field"] for place in places if place["vector_field"] is not None), default=None)
     rho = max((place["rho"] for place in places if place["rho"] is not None), default=math.nan)
-    said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine with the adjoint; uncorrected {shown(plain)}"
+    known = "" if checkpoints else f" {lowest(places):.6f} on the construction; on trained blocks"
+    said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine with the adjoint{known}; uncorrected " \
+           f"{shown(plain)}"
     return Verdict("Q1: is the adjoint out of reach of forward relaxations?", said, cosine,
                    ENGINEERING if cosine is not None and cosine >= EXACT else UNDECIDED)
 
