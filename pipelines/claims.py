@@ -33,6 +33,9 @@ from eplib.verdicts import FEWEST, TESTS, UNDECIDED, by_interval, by_value, numb
 from pipelines.common import ROOT, PipelineError, command, dumps, for_profile, load_profile, load_yaml, read_json, write_text
 
 REQUIRED = {"id", "text", "value", "holds", "decided_at", "written"}
+HEADLINES = ("gradient-direction", "gradient-vector-field", "gradient-rho", "mnist-rule", "mnist-not-worse", "shakespeare-rule",
+             "shakespeare-total", "screen-gap-two", "screen-abscissa", "architectures-controlled", "stability-controlled",
+             "cost-memory-bptt")  # first in README and on the report's first page
 OPTIONAL = {"unit", "seeds", "replaces", "after_result"}
 
 
@@ -152,6 +155,11 @@ def write(profile: str, root: Path = ROOT) -> list[dict[str, Any]]:
     decided = [decide(claim, profile, root) for claim in load(root)]
     write_text(root / "results" / name_of(profile) / "claims.json", dumps(decided))
     return decided
+
+
+def again(profile: str, notebook: str) -> str:
+    """The command that runs a notebook again and compares each value with the recorded one."""
+    return f"make verify PROFILE={profile} WHICH='--stage {notebook}'"
 
 
 def measured(claim: dict[str, Any]) -> str:

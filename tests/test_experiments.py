@@ -135,13 +135,6 @@ def test_two_runs_are_the_same_up_to_the_first_window_in_which_their_losses_diff
     assert architectures.apart({"layered": arms["layered"]}, "layered") == [] and not len(architectures.logged({}))
 
 
-@pytest.mark.parametrize(("low", "high", "n", "said"), [(-5e-4, 4e-4, 3, "same network"), (-5e-4, 2e-3, 3, "Not within"),
-                                                         (None, None, 2, "Fewer than 3 seeds decide nothing")])
-def test_layered_is_its_twin_only_where_the_whole_interval_says_so(low, high, n, said):
-    found = architectures.summary({}, [], [], 200) | {"layered_minus_twin": {"mean": 1e-4, "low": low, "high": high, "n": n}}
-    assert said in " ".join(architectures.reading(found))
-
-
 @pytest.mark.parametrize(("found", "expected"), [
     ({"mean": 0.5, "low": 0.2, "high": 0.8, "n": 3}, "A: +0.50 nats [+0.20, +0.80], n = 3. The interval is above zero."),
     ({"mean": -0.5, "low": -0.8, "high": -0.2, "n": 3}, "A: -0.50 nats [-0.80, -0.20], n = 3. The interval is below zero."),

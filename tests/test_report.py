@@ -153,7 +153,7 @@ def test_tables_can_be_downloaded_and_lead_to_their_runs(built):
     for seed in (0, 1):
         assert f"../runs/mnist/ep-lr0.004-seed{seed}-0000000{seed}.html" in table
     run = (built / "runs" / "mnist" / "ep-lr0.004-seed1-00000001.html").read_text()
-    assert "The king &lt;i&gt;" in run and "<polyline" in run and "optimiser.lr" in run and "abc" in run
+    assert "The king &lt;i&gt;" in run and "<polyline" in run and "optimiser.<wbr>lr" in run and "abc" in run
 
 
 def row_runs(*configurations: tuple[str, int, float]) -> list[runs.Recorded]:

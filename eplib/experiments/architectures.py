@@ -9,7 +9,6 @@ from .. import plotting
 from ..store import tables
 from ..store.comparisons import excursions, spread
 from ..store.runs import Run
-from ..verdicts import FEWEST
 from . import words
 
 TWIN = "layered_backprop"
@@ -64,12 +63,7 @@ def summary(arms: Arms, runs: Iterable[Run], absent: list[str], steps: int) -> d
 
 def reading(found: dict[str, Any]) -> list[str]:
     """What a summary says, in sentences."""
-    twin = found["layered_minus_twin"]
-    said = [words.difference("Layered by EP minus its twin by backpropagation", twin, "nats", 5)]
-    if twin["n"] >= FEWEST:
-        within = max(abs(twin["low"]), abs(twin["high"])) < 1e-3
-        said.append("The same network by another rule." if within
-                    else "Not within 1e-3 over these seeds, as of runs that round-off has parted.")
+    said = [words.difference("Layered by EP minus its twin by backpropagation", found["layered_minus_twin"], "nats", 5)]
     if found["layered_same_steps"] is not None:
         said.append(f"Their training losses are the same to {SAME:g} for {found['layered_same_steps']} steps.")
     said += [words.difference(name, found[key], "nats", 4) for key, name in (

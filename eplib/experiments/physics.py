@@ -157,6 +157,11 @@ class Verdict:
     verdict: str
 
     @property
+    def sentence(self) -> str:
+        """What was measured and what it says, for the reading."""
+        return f"{self.measured}: {'no value' if self.number is None else f'{self.number:.4g}'}. Verdict: {self.verdict}."
+
+    @property
     def row(self) -> list[Any]:
         return [self.question, self.measured, self.number, self.verdict]
 
@@ -208,8 +213,7 @@ def q1(points: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Mapping[st
     plain = min((place["vector_field"] for place in places if place["vector_field"] is not None), default=None)
     rho = max((place["rho"] for place in places if place["rho"] is not None), default=math.nan)
     known = "" if checkpoints else f" {lowest(places):.6f} on the construction; on trained blocks"
-    said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine with the adjoint{known}; uncorrected " \
-           f"{shown(plain)}"
+    said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine{known}; uncorrected {shown(plain)}"
     return Verdict("Q1: is the adjoint out of reach of forward relaxations?", said, cosine,
                    ENGINEERING if cosine is not None and cosine >= EXACT else UNDECIDED)
 

@@ -1,5 +1,6 @@
 """What a summary says, in sentences: the reading of a notebook. A mean over seeds is read by its 95 % interval."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,11 @@ def difference(name: str, found: Mapping[str, Any], unit: str, digits: int = 2) 
 def count(some: int | None, of: int, what: str) -> str:
     """So many of all."""
     return f"{what}: {some if some is not None else 'unknown'} of {of}."
+
+
+def compact(text: str, most: int = 3) -> str:
+    """A text in which more empty lines than that one after the other are a line that says how many."""
+    return re.sub(rf"\n{{{most + 1},}}", lambda found: f"\n[{len(found[0])} line breaks]\n", text)
 
 
 def shown(value: float | None, digits: int = 2) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Site:
         self.runs = runs.recorded(profile, settings.looks(profile, root, PipelineError), root)
         self.pdf = paper.content_path(profile, root).with_name("paper.pdf")
         self.context = {"profile": name_of(profile), "pdf": self.pdf.is_file(), "smoke": name_of(profile) == "smoke",
-                        "kinds": KINDS}
+                        "kinds": KINDS, "again": partial(claims.again, name_of(profile))}
         self.index: list[search.Entry] = []
 
     def page(self, template: str, place: str, *, indexed: bool = True, **values: Any) -> None:
@@ -116,8 +117,9 @@ class Site:
             reasons.setdefault(claims.reason(claim["why"]), []).append(claim)
         reasons = dict(sorted(reasons.items(), key=lambda found: -len(found[1])))
         headline = [self.all.items[f"fig-{name}"] for name in self.text.headline if f"fig-{name}" in self.all.items]
+        by_id = {claim["id"]: claim for claim in self.all.claims}
         self.page("index.html", "index.html", abstract=self.text.abstract, counts=counts, reasons=reasons, headline=headline,
-                  experiments=self.all.experiments)
+                  leading=[by_id[name] for name in claims.HEADLINES if name in by_id], experiments=self.all.experiments)
 
     def claims(self) -> None:
         groups: list[tuple[Experiment | None, list]] = [(one, one.claims) for one in self.all.experiments if one.claims]
@@ -168,9 +170,10 @@ class Site:
         readers = {group: [one for one in self.all.experiments if group in one.groups] for group in self.runs}
         self.page("runs.html", "runs/index.html", groups=self.runs, readers=readers)
         for group, some in self.runs.items():
-            rows = [(run, [run.settings.get("optimiser.lr"), run.config["seed"], run.config["steps"],
+            apart = runs.varying(some)
+            rows = [(run, [*(run.settings.get(key) for key in apart), run.config["seed"], run.config["steps"],
                            *(run.metrics["final"].get(key) for key in runs.SUMMARY)]) for run in some]
-            heads = ["run", "learning rate", "seed", "steps", *(key.replace("_", " ") for key in runs.SUMMARY)]
+            heads = ["run", *apart.values(), "seed", "steps", *(key.replace("_", " ") for key in runs.SUMMARY)]
             self.page("group.html", f"runs/{group}/index.html", group=group, rows=rows, columns=heads)
             for run in some:
                 self.run_page(run)
@@ -206,6 +209,10 @@ def shown(value: Any) -> str:
     """A value of a summary in words: over seeds the mean and its interval."""
     if isinstance(value, dict) and "mean" in value:
         return claims.measured({"value": value["mean"], "unit": "", **{key: value.get(key) for key in ("low", "high", "n")}})
+    if isinstance(value, dict) and "value" in value:
+        told = {key: one for key, one in value.items() if key not in ("value", "undecided")}
+        return pages.number(value["value"]) + "".join(f", {key} {pages.number(one)}" for key, one in told.items()) + (
+            f" (decides nothing: {value['undecided']})" if value.get("undecided") else "")
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)[:300]
     return pages.number(value)
@@ -215,7 +222,7 @@ def code_style() -> str:
     """Colours of code, for a light and a dark page."""
     from pygments.formatters import HtmlFormatter
 
-    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("friendly", "github-dark"))
+    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("vs", "github-dark"))
     return f"\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n.highlight {{ background: none; }}\n"
 
 

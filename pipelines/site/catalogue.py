@@ -33,11 +33,17 @@ class Item:
     value: dict[str, Any]
     claims: list[str] = field(default_factory=list)
     runs: list[list[Recorded]] = field(default_factory=list)  # of each row of a table
+    shared: bool = False  # a table whose id is also that of a figure
 
     @property
     def name(self) -> str:
         """As a link to it reads: a table may share its id with a figure."""
-        return self.id if self.kind != "table" or not self.id.startswith("F") else f"{self.id} (table)"
+        return f"{self.id} (table)" if self.shared else self.id
+
+    @property
+    def heading_alone(self) -> str:
+        """The heading above it without its number, which stands before it."""
+        return re.sub(r"^[A-Z]\w*\d\w*( and [A-Z]\w*)?: ", "", self.heading)
 
     @property
     def label(self) -> str:
@@ -161,6 +167,7 @@ def collect(profile: str, text: Text, root: Path = ROOT) -> Catalogue:
         for key, value in (machine.get(plural, {}) | content[plural]).items():
             owner, cell, heading = owner_of(kind, key, value.get("notebook", ""), read)
             found = Item(kind, key, owner, cell, heading, caption_of(f"{SHORT[kind]}-{key}", text), value)
+            found.shared = kind == "table" and f"fig-{key}" in items
             items[found.label] = found
     order = {label: place for place, label in enumerate(text.captions)}
     for made, _ in read:

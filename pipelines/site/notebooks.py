@@ -76,7 +76,8 @@ def headings(soup: BeautifulSoup) -> list[tuple[int, str, str]]:
             tag["id"] = next(name for name in (re.sub(r"[^\w]+", "-", text.lower()).strip("-"), f"heading-{number}")
                              if name and name not in taken)
             taken.add(str(tag["id"]))
-        found.append((int(tag.name[1]), str(tag["id"]), text))
+        words = Markup(tag.decode_contents().removesuffix("¶")) if tag.find("math") and not tag.find("a") else text
+        found.append((int(tag.name[1]), str(tag["id"]), words))
     return found
 
 

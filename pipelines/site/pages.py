@@ -9,8 +9,9 @@ from typing import Any
 
 from bs4 import BeautifulSoup, Tag
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from eplib.experiments.words import compact
 from pipelines.common import PipelineError
 
 HERE = Path(__file__).parent
@@ -24,7 +25,7 @@ def environment() -> Environment:
     """jinja2 with this folder's templates; a name that a page was not given is an error."""
     made = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
                        undefined=StrictUndefined)
-    made.filters |= {"number": number, "plain": plain}
+    made.filters |= {"number": number, "plain": plain, "breakable": breakable, "compact": compact}
     return made
 
 
@@ -45,6 +46,11 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def breakable(name: str) -> Markup:
+    """A key that may break behind a point or an underscore, and nowhere else."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
+
+
 def plain(markup: str) -> str:
     """The words of a piece of HTML."""
     return " ".join(soup_of(str(markup)).get_text(" ").split())
@@ -58,7 +64,7 @@ def soup_of(markup: str) -> BeautifulSoup:
 def labelled(soup: Tag) -> None:
     """Give every table of a page a frame that scrolls and its cells the name of their column, which a phone shows."""
     for table in soup.find_all("table"):
-        heads = [cell.get_text(" ", strip=True) for cell in table.select("thead th, thead td")]
+        heads = [cell.get_text(" ", strip=True).replace("- ", "") for cell in table.select("thead th, thead td")]
         for row in table.select("tbody tr"):
             for head, cell in zip(heads, row.find_all(["td", "th"]), strict=False):
                 cell["data-label"] = head

@@ -15,7 +15,7 @@ from pipelines.site.charts import Chart, Columns, chart, columns
 
 # Column of a table -> the key of a run's configuration that it holds.
 COLUMNS = {"learning rate": "optimiser.lr", "seed": "seed", "nudge strength": "estimator.beta", "mixing": "solver.step",
-           "width": "model.width", "context": "model.context"}
+           "width": "model.width", "context": "model.context", "strength": "penalties.0.strength"}
 FILES = ("config.json", "metrics.json", "curve.csv", "provenance.json", "horizon.json")  # the log is large: its path is given
 DRAWN = ("step", "loss", "accuracy", "free_residual_max", "nudged_residual_max", "iterations_mean", "iterations_max",
          "rate_probe", "rate_tail", "gradient_norm")
@@ -118,6 +118,13 @@ def recorded(profile: str, looks: dict[str, Look], root: Path = ROOT) -> dict[st
     return found
 
 
+def varying(some: list[Recorded]) -> dict[str, str]:
+    """The settings in which the runs of a group differ, each with its name in tables; the learning rate always."""
+    names = {key: head for head, key in COLUMNS.items() if head != "seed"} | {"branch.step": "from update"}
+    return {key: head for key, head in names.items()
+            if key == "optimiser.lr" or len({str(run.settings.get(key)) for run in some}) > 1}
+
+
 def of_rows(table: dict[str, Any], groups: dict[str, list[Recorded]]) -> list[list[Recorded]]:
     """For each row of a table the runs that it is made of, none where it does not say: those whose arm one of its words names,
     whose configuration has the values in its columns, and which are as many as its seeds. Of the group that explains most rows
@@ -139,7 +146,7 @@ def matching(heads: list[str], row: list[Any], runs: list[Recorded]) -> list[Rec
     named = {value for value in row if isinstance(value, str)} & {run.look.label for run in runs}
     asked = {COLUMNS[head]: value for head, value in cells.items() if head in COLUMNS and isinstance(value, int | float)}
     other = not named and (isinstance(row[0], str) or len(asked) < 2)  # about something else, or about next to nothing
-    if other or (runs and cells.get("runs of", runs[0].group) != runs[0].group):
+    if cells.get("recorded") == "no" or other or (runs and cells.get("runs of", runs[0].group) != runs[0].group):
         return []
     found = [run for run in runs if (not named or run.look.label in named)
              and all(close(run.settings.get(key), value) for key, value in asked.items() if key in run.settings)]

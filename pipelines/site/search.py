@@ -4,6 +4,7 @@ opened from a file may fetch nothing."""
 from __future__ import annotations
 
 import json
+from textwrap import shorten
 from typing import NamedTuple
 
 from bs4 import BeautifulSoup, NavigableString, Tag
@@ -26,7 +27,8 @@ def entries(place: str, soup: BeautifulSoup) -> list[Entry]:
     main = soup.find("main")
     for node in main.descendants if isinstance(main, Tag) else ():
         if isinstance(node, Tag) and node.get("id") and (node.name in ("h2", "h3", "figure") or node.has_attr("data-entry")):
-            heading = " ".join((node.find("figcaption") or node).get_text(" ").split())[:90]
+            heading = " ".join((node.find("figcaption") or node).get_text(" ").split())
+            heading = shorten(heading, 90, placeholder=" …")
             found.append((f"{title}: {heading}" if heading else title, f"{place}#{node['id']}", []))
         elif isinstance(node, NavigableString) and node.parent is not None and node.parent.name not in ("script", "style"):
             found[-1][2].append(str(node))

@@ -18,6 +18,7 @@ from pipelines.site.pages import labelled, soup_of
 
 TITLE = "Equilibrium propagation for transformers"
 KINDS = ("fig-", "tab-", "text-")  # of the labels of what the paper places
+NUMBERED = re.compile(r"(?:Figure |Table )?(\w+)(, in short)?\.$")  # how a caption begins
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def placed(soup: BeautifulSoup) -> list[Tag]:
     by the number in its caption."""
     found = []
     for tag in soup.find_all("figure"):
-        name = re.match(r"(\w+)(, in short)?\.$", tag.strong.get_text()) if tag.strong else None
+        name = NUMBERED.match(tag.strong.get_text()) if tag.strong else None
         if not tag.get("id") and name:
             tag["id"] = f"{'fig' if tag.img else 'tab'}-{name[1]}{'-short' if name[2] else ''}"
         if str(tag.get("id", "")).startswith(KINDS):
@@ -81,7 +82,8 @@ def caption(made: Tag) -> str:
         return ""
     inside = soup_of(own.decode_contents())
     first = inside.find("strong")
-    if isinstance(first, Tag) and re.split(r"[.,]", first.get_text())[0] == str(made["id"]).split("-")[1]:
+    number = NUMBERED.match(first.get_text()) if isinstance(first, Tag) else None
+    if isinstance(first, Tag) and number and number[1] == str(made["id"]).split("-")[1]:
         first.decompose()
     return unlinked(inside)
 

@@ -36,7 +36,7 @@ function scored(words) {
 function entry({ title, href, text }, words) {
   const line = document.createElement("li"), link = document.createElement("a");
   const head = document.createElement("b"), body = document.createElement("span");
-  const at = Math.max(0, text.toLowerCase().indexOf(words[0]) - 40);
+  const near = Math.max(0, text.toLowerCase().indexOf(words[0]) - 40), at = near && text.indexOf(" ", near) + 1;
   link.href = up + href;
   head.textContent = title;
   body.textContent = (at ? "… " : "") + text.slice(at, at + 160);
