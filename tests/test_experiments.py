@@ -135,6 +135,11 @@ def test_two_runs_are_the_same_up_to_the_first_window_in_which_their_losses_diff
     assert architectures.apart({"layered": arms["layered"]}, "layered") == [] and not len(architectures.logged({}))
 
 
+def test_a_run_of_empty_lines_is_said_and_a_paragraph_is_left():
+    assert words.compact("a\n\nb\n\n\nc") == "a\n\nb\n\n\nc"
+    assert words.compact("The king" + 200 * "\n") == "The king\n[200 line breaks]\n"
+
+
 @pytest.mark.parametrize(("found", "expected"), [
     ({"mean": 0.5, "low": 0.2, "high": 0.8, "n": 3}, "A: +0.50 nats [+0.20, +0.80], n = 3. The interval is above zero."),
     ({"mean": -0.5, "low": -0.8, "high": -0.2, "n": 3}, "A: -0.50 nats [-0.80, -0.20], n = 3. The interval is below zero."),

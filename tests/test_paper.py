@@ -448,3 +448,10 @@ def test_paragraphs_are_short_and_hold_few_numbers(path):
         looked_up = len(re.findall(r"#(?:val|mean)\(", paragraph))
         words = re.sub(r"\([^()]*\)", "", re.sub(r"#(?:val|mean|claim|figref|tabref|briefref)\([^)]*\)", "", paragraph)).split()
         assert len(words) <= 150 and looked_up <= 8, f"{len(words)} words, {looked_up} numbers: {paragraph[:80]}"
+
+
+def test_no_semicolon_is_taken_for_the_end_of_a_look_up():
+    """Typst ends an expression in its text at a semicolon and prints none: it is to be written \\;."""
+    for path in sorted((ROOT / "paper").glob("*.typ")):
+        found = re.findall(r"#(?:val|mean|interval|number|verdict)\([^()]*\);", path.read_text())
+        assert not found, (path.name, found)
