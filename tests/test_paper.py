@@ -422,6 +422,14 @@ def test_what_the_main_text_shows_stands_on_the_page_that_cites_it_or_on_the_nex
         assert min(abs(page - cited) for cited in pages[name, "cited"]) <= 1, (name, page, pages[name, "cited"])
 
 
+def test_the_text_names_every_figure_and_table_that_it_places():
+    text = "".join((ROOT / "paper" / f"{name}.typ").read_text(encoding="utf-8") for name in ("main", "appendix"))
+    named = {kind: set(re.findall(rf'#?{kind}ref\("(\w+)"\)', text)) for kind in ("fig", "tab", "brief")}
+    placed = {kind: set(re.findall(rf'#{kind}\("(\w+)"', text)) for kind in ("fig", "tab", "brief")}
+    assert len(placed["tab"]) > 40 and placed["fig"] <= named["fig"] and placed["brief"] <= named["brief"]
+    assert placed["tab"] <= named["tab"] | placed["brief"] | {"hours"}  # a short table leads to the whole one
+
+
 def test_every_claim_has_its_row_and_every_mark_leads_to_one(recorded):
     _, ask = recorded
     decided = {claim["id"] for claim in claims.load()}
