@@ -81,3 +81,11 @@ def test_a_difference_decides_nothing_unless_both_arms_are_known_to_settle():
     short = [*settled[:2], run(2, settled=[0.5, 1.0])]
     found = tables.paired({"ep": settled, "bptt": short}, "ep", "bptt")
     assert found["undecided"] == f"samples that settled: {plotting.label('bptt')} ≥ 50 %" and found["n"] == 3
+
+
+def test_the_interval_of_an_accuracy_ends_where_accuracies_do():
+    arms = {"ep": [run(seed, metrics=None) for seed in range(3)]}
+    for one, accuracy in zip(arms["ep"], (99.9, 99.0, 90.0), strict=True):
+        one.metrics["final"]["accuracy"] = accuracy
+    found = tables.final(arms, "ep", "accuracy")
+    assert found["high"] == 100.0 and 0 < found["low"] < 90 and found["mean"] == pytest.approx(96.3)

@@ -97,9 +97,12 @@ def interval(values: Iterable[float], undecided: str | None = None) -> dict:
 
 
 def final(arms: Mapping[str, list[Run]], arm: str, metric: str = "loss") -> dict:
-    """`interval` of a final metric over an arm's seeds."""
+    """`interval` of a final metric over an arm's seeds; that of an accuracy ends where accuracies do, at 0 and 100 %."""
     values = [run.metrics["final"][metric] for run in arms.get(arm, ())]
-    return interval([value for value in values if value is not None], _lost(values))
+    found = interval([value for value in values if value is not None], _lost(values))
+    if metric == "accuracy" and found["low"] is not None:
+        found |= {"low": max(0.0, found["low"]), "high": min(100.0, found["high"])}
+    return found
 
 
 def paired(arms: Mapping[str, list[Run]], ours: str, theirs: str, metric: str = "loss") -> dict:
