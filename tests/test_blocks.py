@@ -91,6 +91,24 @@ def test_gates_stay_below_their_bound_and_a_learned_decay_above_zero_whatever_is
         blocks.Thick(learned_damping=True)
 
 
+@pytest.mark.parametrize("config", [blocks.Thick(init=1.0), blocks.Thick(init=1.0, causal=False),
+                                    blocks.Thick(init=1.0, qk_norm=True)], ids=name)
+def test_a_graph_through_products_by_blocks_of_queries_is_that_of_the_whole(config, monkeypatch):
+    """A penalty differentiates products with J once more."""
+    def gradients(rows):
+        monkeypatch.setattr(attention, "ROWS", rows)
+        block, x, z = system(config)
+        jacobian = block.linearise(z, x)
+        u = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
+        value = (jacobian.transposed(u) * jacobian.product(u)).sum() + jacobian.token_product(u).square().sum()
+        return torch.autograd.grad(value, list(block.parameters()), allow_unused=True, materialize_grads=True)
+
+    whole = gradients(256)
+    assert any(value.any() for value in whole)
+    for rows in (2, 3):
+        assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-9) for one, other in zip(whole, gradients(rows), strict=True))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_memory_grows_with_the_tokens_and_not_with_their_pairs(causal, monkeypatch):
     monkeypatch.setattr(attention, "ROWS", 8)
