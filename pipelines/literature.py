@@ -8,6 +8,7 @@ A row is
     holds: {max: -3}                                      the reference's claim as a test of ours; absent where none can be
     seeds: true                                           optional: ours is a mean over seeds, and its interval decides
     comparable: in which respects the two are alike, and in which not
+    what: lowest cosine                                   optional, what our value is, printed before it
     unit: " %"                                            optional, printed behind our value
 `ours` is absent where nothing here measures it. Nothing is tuned to a value of this file.
 """
@@ -23,7 +24,7 @@ from pipelines.claims import look_up, verdict
 from pipelines.common import ROOT, PipelineError, load_yaml
 
 COLUMNS = ["claim of the reference", "origin", "our evidence", "verdict", "comparability"]
-REQUIRED, OPTIONAL = {"claim", "origin", "comparable"}, {"ours", "holds", "seeds", "unit"}
+REQUIRED, OPTIONAL = {"claim", "origin", "comparable"}, {"ours", "holds", "seeds", "unit", "what"}
 NOWHERE, APART = "not measured", "not comparable"
 
 
@@ -53,6 +54,8 @@ def evidence(row: dict[str, Any], profile: str, root: Path = ROOT) -> tuple[str,
         return (known[0][1], known[0][2]) if known else (NOWHERE, UNDECIDED)
     found = look_up(results, ours["file"], ours["key"])
     shown = words(found, row.get("unit", ""))
+    if shown != NOWHERE and "what" in row:
+        shown = f"{row['what']} {shown}"
     if shown == NOWHERE or "holds" not in row:
         return shown, UNDECIDED if shown == NOWHERE else APART
     word, why = verdict({"decided_at": [profile], "holds": row["holds"], "seeds": row.get("seeds")}, found, profile)
