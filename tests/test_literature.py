@@ -31,7 +31,8 @@ def results(tmp_path):
      "−4, n = 1", f"{UNDECIDED}: n = 1"),
     ({"ours": {"file": "mnist/summary.json", "key": "open"}, "holds": {"max": 3}}, "2", f"{UNDECIDED}: too short"),
     ({"ours": {"file": "mnist/summary.json", "key": "plain"}, "what": "cosine"}, "cosine 0.5", literature.APART),
-    ({"ours": {"file": "mnist/summary.json", "key": "absent"}, "holds": {"max": 3}, "what": "cosine"}, literature.NOWHERE, UNDECIDED),
+    ({"ours": {"file": "mnist/summary.json", "key": "absent"}, "holds": {"max": 3}, "what": "cosine"}, literature.NOWHERE,
+     UNDECIDED),
     ({"ours": {"file": "mnist/T2b.json", "row": "EP"}}, "loses +0.32", "fails"),
     ({"ours": {"file": "mnist/T2b.json", "row": "BP"}}, literature.NOWHERE, UNDECIDED), ({}, literature.NOWHERE, UNDECIDED),
 ])
