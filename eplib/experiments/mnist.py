@@ -149,11 +149,11 @@ def _of_accuracy(found: Evidence) -> Iterator[Row]:
     reached = True if HOLDS in theirs else False if theirs == {FAILS} else None
     yield ["92 to 94 % is what EP reaches",
            f"reference {reference} %, corrected EP {ours} %; at width 256 "
-           + ("not run" if found.wide.get("reference") is None else f"{wide_reference} and {wide_ours} %"),
+           + ("not run" if not found.wide else f"{wide_reference} and {wide_ours} %"),
            verdicts.of(None if round(found.epochs) < 5 else reached)]
     free, held = (mean_loss(found.arms, arm, "accuracy") for arm in ("symmetric", "symmetric_controlled"))
     known = _enough(found.behind("symmetric"), found.behind("symmetric_controlled")) and free is not None and held is not None
-    seen = "not run" if free is held is None else f"as it is {shown(free)} %, with the rate held {shown(held)} %"
+    seen = "not run" if free is None and held is None else f"as it is {shown(free)} %, with the rate held {shown(held)} %"
     yield ["the symmetric form does not train (10.2 %)", seen, verdicts.of(max(held or 0, free or 0) < 20 if known else None)]
 
 
