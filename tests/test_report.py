@@ -15,7 +15,7 @@ import browser
 from eplib import plotting, settings
 from pipelines import cells, claims, close, common, paper, report
 from pipelines.common import PipelineError
-from pipelines.site import charts, pages, runs, text
+from pipelines.site import build, charts, pages, runs, text
 from test_paper import SOURCES, fill, planted
 
 ROOT = common.ROOT
@@ -268,3 +268,20 @@ def test_a_figure_opens_in_large_and_closes(built, chromium):
     assert chromium.value("document.getElementById('zoom').open && document.querySelector('#zoom img').src.endsWith('F1.svg')")
     chromium.press("Escape")
     assert not chromium.value("document.getElementById('zoom').open")
+
+
+def test_runs_of_a_group_are_told_apart_by_what_differs_and_a_row_without_a_run_leads_to_none():
+    some = row_runs(("ep", 0, 0.3), ("ep", 0, 0.3))
+    for run, strength in zip(some, (1.0, 3.0), strict=True):
+        run.config["penalties"] = [{"strength": strength}]
+    assert runs.varying(some) == {"optimiser.lr": "learning rate", "penalties.0.strength": "strength"}
+    heads, arm = ["controller", "strength", "recorded"], some[0].look.label
+    assert runs.matching(heads, [arm, 3.0, "yes"], some) == some[1:]
+    assert runs.matching(heads, [arm, 3.0, "no"], some) == []
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ({"value": 0.5, "n": 3}, "0.5, n 3"), ({"value": None, "undecided": "none stalled"}, "– (decides nothing: none stalled)"),
+    ([1, 2], "[1, 2]"), (-2.0, "−2")])
+def test_a_value_is_said_in_words(value, said):
+    assert build.shown(value) == said
