@@ -256,7 +256,7 @@ def chosen(profile: str, experiment: str | None, only: str) -> list[RunConfig]:
     if experiment and experiment not in groups:
         raise ConfigurationError(f"profile {profile} has no runs for {experiment!r}; it has {', '.join(groups)}")
     found = [config for group in ([experiment] if experiment else groups)
-             for config in configurations(profile, group) if only in config.name]
+             for config in configurations(profile, group) if only in f"{config.experiment}/{config.name}"]
     if not found and only:
         raise ConfigurationError(f"no run of profile {profile} has {only!r} in its name")
     return found
@@ -286,7 +286,7 @@ def parser_of_runs(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--experiment", help="one experiment of the profile; all by default")
-    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--only", default="", help="runs whose name, as --list gives it, contains this")
     parser.add_argument("--device", default="cpu", help="where to train, e.g. cuda; never chosen silently")
     parser.add_argument("--backend", choices=("torch", "compiled"),
                         help="what computes the phases; by default the compiled kernel where it is built and fits the run")

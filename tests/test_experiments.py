@@ -191,7 +191,7 @@ def screened(arm: str, loss: float | None, abscissas: list[float], rate: float |
     found.config.model.explicit = arm == "backprop"
     found.config.first = 0
     found.metrics |= {"rate_arnoldi": rate, "force_evaluations": 300}
-    found.metrics["final"]["loss"] = loss
+    found.metrics["final"] |= {"loss": loss, "excursions": 0}
     seen = np.array(abscissas)
     found.curve = {"step": np.array([50, 100]), "abscissa": seen, "frequency": 0 * seen, "abscissa_residual": 0 * seen,
                    "rate_held": seen + 1, "rate_seen": np.full(2, 0.5)}
@@ -208,7 +208,7 @@ def test_a_diverged_run_of_the_screen_is_shown_as_not_measured_whatever_its_plac
     table = screen.rows(arms)
     assert [row[3] for row in table] == [1.6, 1.7, None, None]  # what has no finite loss is last
     assert [row[5:8] for row in table] == [[None] * 3, [-0.4, 0.0, 1.2], [None] * 3, [-0.2, 0.0, 1.4]]
-    found = screen.summary(arms)
+    found = screen.summary(arms, {})
     assert found["token_abscissa"]["value"] == -0.2
     assert "in 1 of 2 runs the phase diverged" in found["token_abscissa"]["undecided"]
     assert found["gone_abscissa"]["value"] is None and found["gone_missed"] is None
@@ -220,13 +220,33 @@ def test_the_claims_on_the_screen_are_decided_by_seeds_that_were_not_known():
                       screened("token", 1.7, [-0.4, -0.3], 1.4, seed=1)],
             "token_two": [screened("token_two", 1.75, [-0.15, -0.6], 1.4, seed=1, settled=0.995)],
             "backprop": [screened("backprop", 1.9, [0, 0], None, seed) for seed in (0, 1)]}
-    found = screen.summary(arms)
-    assert found["later_settled"] == 99.5 and found["later_abscissa"]["value"] == -0.15  # any evaluation, also an early one
+    found = screen.summary(arms, {})
+    assert found["later_settled"]["value"] == 99.5 and found["later_abscissa"]["value"] == -0.15  # any evaluation, also an early one
     assert found["later_token_minus_backprop"]["mean"] == pytest.approx(-0.2) and found["later_token_minus_backprop"]["n"] == 1
     assert found["token_abscissa"]["value"] == -0.01 and found["token_minus_backprop"]["n"] == 2
-    known = screen.summary({arm: arms[arm][:1] for arm in ("token", "backprop")})
+    known = screen.summary({arm: arms[arm][:1] for arm in ("token", "backprop")}, {})
     assert known["later_settled"] is known["later_abscissa"] is None and known["later_token_minus_backprop"]["n"] == 0
     assert "-0.010" in " ".join(screen.reading(found)) and "decides nothing" in screen.reading(found)[0]
+
+
+def test_the_claims_on_whole_runs_ask_for_three_seeds_of_both_arms_and_count_what_evaluation_saw():
+    whole = {arm: [screened(arm, 1.7 + 0.001 * seed, [-0.2, -0.3], 1.4, seed, settled=0.995) for seed in range(3)]
+             for arm in ("token", "token_two")}
+    whole["backprop"] = [screened("backprop", 1.75, [0, 0], None, seed) for seed in range(3)]
+    for some in whole.values():
+        for one in some:
+            one.metrics["excursions"] = 0
+    whole["token_two"][2].metrics["final"]["excursions"] = 2  # samples of an evaluation, none in training
+    found = screen.summary({}, whole)
+    assert found["whole_settled"] == {"value": 99.5} and found["whole_excursions"] == {"value": 2}
+    assert found["whole_abscissa"]["value"] == -0.2 and "undecided" not in found["whole_abscissa"]
+    assert found["whole_two_minus_backprop"]["mean"] == pytest.approx(-0.049) and found["whole_two_minus_backprop"]["n"] == 3
+    whole["token_two"].pop()
+    few = screen.summary({}, whole)
+    for key in ("whole_settled", "whole_abscissa", "whole_excursions"):
+        assert few[key]["undecided"] == "2 of 3 seeds of both arms", key
+    nothing = screen.summary({}, {})
+    assert nothing["whole_settled"] is nothing["whole_abscissa"] is nothing["whole_excursions"] is None
 
 
 def test_the_settings_of_the_screen_tell_apart_arms_that_differ_in_more_than_their_labels():

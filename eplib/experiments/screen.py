@@ -11,6 +11,7 @@ from ..runconfig import RunConfig
 from ..store import tables
 from ..store.comparisons import mean_loss
 from ..store.runs import Run
+from ..verdicts import FEWEST
 from . import stability, words
 
 SECOND_HALF = 0.5
@@ -43,11 +44,11 @@ def missed(runs: Iterable[Run]) -> float | None:
     return max((float(gap) for each in gaps for gap in each if np.isfinite(gap)), default=None)
 
 
-def summary(arms: Arms) -> dict[str, Any]:
-    """What the paper's text and claims read. `later_` is of the seeds that were not known when the claims were written."""
+def summary(arms: Arms, whole: Arms) -> dict[str, Any]:
+    """What the paper's text and claims read. `later_` is of the seeds that were not known when the claims were written, `whole_`
+    of E3's whole runs."""
     held = {arm: some for arm, some in arms.items() if not some[0].config.model.explicit}
     later = {arm: [run for run in some if run.config.seed not in SEEN] for arm, some in arms.items()}
-    fresh = [run for arm in HELD for run in later.get(arm, ())]
     return {
         "token_minus_backprop": tables.paired(arms, "token", "backprop"),
         "two_minus_backprop": tables.paired(arms, "token_two", "backprop"),
@@ -55,10 +56,7 @@ def summary(arms: Arms) -> dict[str, Any]:
         "token_minus_bptt": tables.paired(arms, "token", "token_bptt"),
         **{f"{arm}_abscissa": stability.crossing(some, SECOND_HALF) for arm, some in held.items()},
         **{f"{arm}_missed": missed(some) for arm, some in held.items()},
-        "later_settled": 100 * tables.least(map(tables.settled_cold, fresh))[0] if fresh else None,
-        "later_abscissa": stability.crossing(fresh),
-        "later_token_minus_backprop": tables.paired(later, "token", "backprop"),
-        "later_two_minus_backprop": tables.paired(later, "token_two", "backprop")}
+        **_of_the_held("later", later), **_of_the_held("whole", whole)}
 
 
 def reading(found: dict[str, Any]) -> list[str]:
@@ -71,7 +69,26 @@ def reading(found: dict[str, Any]) -> list[str]:
         if edge.get("value") is not None:
             said.append(f"{name}: the furthest right of the evaluated tokens is at {edge['value']:.3f}, and "
                         f"{edge['crossed']} of {edge['n']} runs came above zero in the second half of training.")
+        if found[f"whole_{gap}"]["n"]:
+            said.append(words.difference(f"In whole runs {name}, minus backprop", found[f"whole_{gap}"], "nats", 4))
     return said
+
+
+def _of_the_held(name: str, arms: Arms) -> dict[str, Any]:
+    """What the claims on the arms of `HELD` read: the lowest share that settled (%), the largest abscissa, the excursions (training
+    steps and samples of the final evaluations), both minus backprop. Fewer seeds than `FEWEST` of an arm decide nothing."""
+    runs = [run for arm in HELD for run in arms.get(arm, ())]
+    if not runs:
+        settled = abscissa = left = None
+    else:
+        seeds = min(len(arms.get(arm, ())) for arm in HELD)
+        few = {"undecided": f"{seeds} of {FEWEST} seeds of both arms"} if seeds < FEWEST else {}
+        settled = {"value": 100 * tables.least(map(tables.settled_cold, runs))[0], **few}
+        abscissa = {**(stability.crossing(runs) or {}), **few}
+        left = {"value": sum(run.metrics["excursions"] + run.metrics["final"]["excursions"] for run in runs), **few}
+    return {f"{name}_settled": settled, f"{name}_abscissa": abscissa, f"{name}_excursions": left,
+            f"{name}_token_minus_backprop": tables.paired(arms, "token", "backprop"),
+            f"{name}_two_minus_backprop": tables.paired(arms, "token_two", "backprop")}
 
 
 def _rightmost(some: list[Run]) -> tuple[float | None, float | None]:
