@@ -82,6 +82,11 @@ class RunConfig:
         return second_phase(self.estimator, self.solver, self.nudged) or self.solver
 
     @property
+    def plain_step(self) -> float:
+        """The size of a plain step: the estimator's where it has one of its own, else the solver's."""
+        return getattr(self.estimator, "step", None) or self.solver.step
+
+    @property
     def name(self) -> str:
         return f"{self.arm}-lr{repr(self.optimiser.lr).removesuffix('.0')}-seed{self.seed}"  # equal for equal rates only
 

@@ -307,6 +307,20 @@ def test_truncated_bptt_between_one_step_and_the_whole_horizon():
     assert not torch.allclose(last[key], whole[key], rtol=0.1)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_bptt_in_steps_of_its_own_is_bptt_in_the_solvers(window):
+    """The solver's size counts only where the estimator has none."""
+    model, inputs, targets = transformer()
+    ours, theirs, other = (
+        eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=6, window=window, step=step),
+                       solver=Relaxation(step=size, tol=1e-4))
+        for step, size in ((0.25, 0.5), (None, 0.25), (None, 0.5)))
+    assert ours.loss == theirs.loss != other.loss and torch.equal(ours.free.value, theirs.free.value)
+    assert all(torch.equal(ours.grads[name], value) for name, value in theirs.grads.items())
+    with pytest.raises(ValueError, match="greater than 0"):
+        estimators.BPTT(step=0.0)
+
+
 def test_feedback_alignment_projects_the_error_by_a_matrix_that_stays():
     for kind in ("language", "image"):
         model, inputs, targets = transformer(kind)

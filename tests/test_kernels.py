@@ -96,7 +96,7 @@ def test_attention_weights_made_anew_are_those_that_were_kept(options, chunk, mo
             yield from compiled.linearise(v, x).contract(v)[0].values()
 
     kept = list(everything())
-    monkeypatch.setattr(kernels.storage, "KEPT", 0)
+    monkeypatch.setattr(kernels.storage, "ROWS", 0)
     assert all(torch.equal(one, other) for one, other in zip(kept, everything(), strict=True))
 
 
@@ -374,16 +374,17 @@ def test_rounds_of_one_sample_do_not_depend_on_its_neighbours(estimator):
 
 
 @pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("step", [None, 0.25])
 @pytest.mark.parametrize("window", [None, 3, 12])
-def test_bptt_by_hand_is_autograds(window, image):
+def test_bptt_by_hand_is_autograds(window, step, image):
     torch.manual_seed(0)
     kind = blocks.Thick(init=0.6, causal=not image)
     model = models.Classifier(patch=9, tokens=4, classes=10, width=32, heads=4, block=kind) if image else \
         models.LanguageModel(vocab=11, width=32, heads=4, context=12, block=kind)
     inputs = torch.randn(5, 4, 9) if image else torch.randint(11, (5, 12))
     targets = torch.randint(10, (5,)) if image else inputs.roll(-1, 1)
-    ours, theirs = (eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=12, window=window), backend=backend,
-                                   solver=Relaxation(step=0.5, tol=1e-4)) for backend in ("compiled", "torch"))
+    ours, theirs = (eplib.gradient(model, inputs, targets, estimator=estimators.BPTT(steps=12, window=window, step=step),
+                                   backend=backend, solver=Relaxation(step=0.5, tol=1e-4)) for backend in ("compiled", "torch"))
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6) and ours.status is theirs.status
     assert torch.allclose(ours.free.residual, theirs.free.residual, rtol=1e-3)
     assert set(ours.grads) == set(theirs.grads)

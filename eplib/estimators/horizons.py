@@ -13,6 +13,7 @@ from ..dynamics import InKernel, projection
 from ..families import owed
 from ..models import Model
 from ..solvers import Solution, Solver, Status, norm, relative_force
+from ..solvers.base import Step
 from .base import BACKWARD, FORCE, Estimator, Steps
 from .batch import Batch
 from .problem import trained
@@ -28,8 +29,8 @@ class Unrolled(NamedTuple):
 
 
 class FiniteHorizon(Estimator):
-    """An estimator without an equilibrium: plain steps of the solver's size from the block's own start, and no second phase. Of
-    the solver only its step counts, and its tol for the status of the report's free state, the last one."""
+    """An estimator without an equilibrium: plain steps, as a rule of the solver's size, from the block's own start, and no
+    second phase. Of the solver only its step counts, and its tol for the status of the report's free state, the last one."""
 
     equilibrium = second_phase = False
     steps: int = 1
@@ -70,10 +71,15 @@ class FiniteHorizon(Estimator):
 @configuration
 class BPTT(FiniteHorizon):
     """Backpropagation through exactly `steps` Euler steps from the block's start state; memory grows with them. `window`
-    truncates it to the last so many: the state that they set out from counts as given, the start state too."""
+    truncates it to the last so many: the state that they set out from counts as given, the start state too.
+
+    step: the solver's by default. Plain steps may have to be smaller than those of an accelerated solver; with a size of their
+    own the solver, with which the model is evaluated, can be that of the methods it is compared with.
+    """
 
     steps: Steps = 64
     window: Steps | None = None
+    step: Step | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "BPTT":
@@ -92,10 +98,11 @@ class BPTT(FiniteHorizon):
 
     def unroll(self, model: Model, x: Tensor, solver: Solver) -> Tensor:
         z, project, graph = model.block.start(x), projection(model.block), torch.is_grad_enabled()
+        step = self.step or solver.step
         for count in range(self.steps):
             with torch.set_grad_enabled(graph and count >= self._before):
                 z = z.detach() if count == self._before else z
-                z = z + solver.step * model.block(z, x)
+                z = z + step * model.block(z, x)
                 z = z if project is None else project(z)
         return z
 
@@ -108,24 +115,24 @@ class BPTT(FiniteHorizon):
     def _by_hand(self, batch: Batch, dynamics: InKernel, solver: Solver) -> Unrolled:
         """By the chain rule written out, without a graph: u_k-1 = u_k + step J(z_k-1)^T u_k from u = g at the last state, each
         u_k contracted with what z_k-1 makes of the weights."""
-        x, kept = batch.x, []
+        x, kept, step = batch.x, [], self.step or solver.step
         z, into = dynamics.start(x), torch.zeros_like(x)
         total: dict[str, Tensor] = {}
         for count in range(self.steps):
             if count < self._before:
-                z = z + solver.step * dynamics(z, x)
+                z = z + step * dynamics(z, x)
             else:
                 push, jacobian = dynamics.force_and_jacobian(z, x)
                 kept.append(jacobian)
-                z = z + solver.step * push
+                z = z + step * push
         problem = batch.at(z)
         u = problem.slope
         while kept:
             moved, block, to_x = kept.pop().transposed_and_contracted(u)
             for name, value in block.items():
-                total[name] = total[name].add_(value, alpha=solver.step) if name in total else solver.step * value
-            into += solver.step * to_x
-            u = u + solver.step * moved
+                total[name] = total[name].add_(value, alpha=step) if name in total else step * value
+            into += step * to_x
+            u = u + step * moved
         if self._before < 0:
             into += u  # the start state is x
         return Unrolled(problem.readout.loss, problem.gradient(total, into), z)

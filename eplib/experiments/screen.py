@@ -45,8 +45,8 @@ def missed(runs: Iterable[Run]) -> float | None:
 
 
 def summary(arms: Arms, whole: Arms) -> dict[str, Any]:
-    """What the paper's text and claims read. `later_` is of the seeds that were not known when the claims were written, `whole_`
-    of E3's whole runs."""
+    """What the paper's text and claims read. `later_` is of the seeds that were not known when the claims were written,
+    `whole_` of E3's whole runs."""
     held = {arm: some for arm, some in arms.items() if not some[0].config.model.explicit}
     later = {arm: [run for run in some if run.config.seed not in SEEN] for arm, some in arms.items()}
     return {
@@ -69,14 +69,15 @@ def reading(found: dict[str, Any]) -> list[str]:
         if edge.get("value") is not None:
             said.append(f"{name}: the furthest right of the evaluated tokens is at {edge['value']:.3f}, and "
                         f"{edge['crossed']} of {edge['n']} runs came above zero in the second half of training.")
-        if found[f"whole_{gap}"]["n"]:
+        if found.get(f"whole_{gap}", {}).get("n"):
             said.append(words.difference(f"In whole runs {name}, minus backprop", found[f"whole_{gap}"], "nats", 4))
     return said
 
 
 def _of_the_held(name: str, arms: Arms) -> dict[str, Any]:
-    """What the claims on the arms of `HELD` read: the lowest share that settled (%), the largest abscissa, the excursions (training
-    steps and samples of the final evaluations), both minus backprop. Fewer seeds than `FEWEST` of an arm decide nothing."""
+    """What the claims on the arms of `HELD` read: the lowest share that settled (%), the largest abscissa, the excursions
+    (training steps and samples of the final evaluations), both minus backprop. Fewer seeds than `FEWEST` of an arm decide
+    nothing."""
     runs = [run for arm in HELD for run in arms.get(arm, ())]
     if not runs:
         settled = abscissa = left = None
@@ -101,7 +102,7 @@ def _setting(config: RunConfig) -> list[Any]:
     most = solver.max_steps if config.estimator.equilibrium else getattr(config.estimator, "steps", None)
     parts = [_control(one, solver.step) for one in config.penalties] or [("none", "-", "-", "-")]
     return [*(" + ".join(words) for words in zip(*parts, strict=True)), config.optimiser.clipping if config.penalties else "-",
-            solver.step, most, config.gate, _block(config)]
+            config.plain_step, most, config.gate, _block(config)]
 
 
 def _block(config: RunConfig) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calculus import version
+from ..calculus.attention import ROWS
 from ..solvers import Anderson, Solution, Solver, Status, Substitution
 from .compile import KernelError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 MEMORY = 16  # of Anderson, at most
 SHAPES = 8  # of states of which memory is kept
 CHUNK = 2  # tokens that are settled together, where the solver leaves it open
-KEPT = 256  # tokens of which attention weights are kept; of more the kernel makes them anew, and memory grows as T, not as T^2
 OUTCOME = 6  # of each sample: squares, allowed, rate (float), evaluations, fallbacks, diverged (int)
 
 
@@ -77,7 +77,7 @@ class Storage:
         layers, tokens = compiled.block.layers, z.shape[-2]
         self.samples, padded = z.shape[:-2].numel(), compiled.library.eplib_padded(tokens)
         heads, width, hidden, rows = layers.heads, compiled.width, compiled.hidden, self.samples * tokens
-        weights = rows * heads * padded if tokens <= KEPT else 0
+        weights = rows * heads * padded if tokens <= ROWS else 0  # of more tokens they are made anew
         sizes = (rows * width, rows, *[rows * width] * 3, *[self.samples * width * padded] * 2, weights, 2 * rows * heads,
                  rows * (width + hidden), rows * hidden, 2 * rows * heads * layers.qk_norm)
         kept = self.spare[sizes] = self.spare.pop(sizes, [])

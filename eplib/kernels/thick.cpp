@@ -6,10 +6,13 @@
 //
 // and so does each product with J or its transpose. Gates are folded into Out, the decay is one number a channel. Attention is
 // softmax attention, of queries and keys over their root mean square where `qk_norm` says so, or linear attention over all
-// tokens: with features phi(h) = elu(h) + 1 of queries and keys its weights are phi(q) phi(k), shared out. Tokens are the rows of small matrices whose products run in registers.
+// tokens: with features phi(h) = elu(h) + 1 of queries and keys its weights are phi(q) phi(k), shared out. Tokens are the rows
+// of small matrices whose products run in registers.
+//
 // `Free` and `Adjoint` solve by substitution: a unit of `chunk` tokens is taken to its fixed point by Anderson's method with
 // everything it depends on already settled, tokens before it in the free phase, tokens after it in the adjoint. A non-causal
-// block is one unit; without memory the method is plain relaxation. Every row is summed in the same order whatever its neighbours, so results do not depend on threads.
+// block is one unit; without memory the method is plain relaxation. Every row is summed in the same order whatever its
+// neighbours, so results do not depend on threads.
 //
 // Vectors are the compiler's own (vector_size), as wide as the target it compiles for.
 #include <algorithm>
@@ -137,10 +140,11 @@ struct Shape {
 };
 
 // What a linearisation keeps of each sample, (samples, ...): n (T, C), 1 / sigma (T), queries, keys and values (H, T, D), keys
-// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T), or null where they
-// are made anew when needed, one over their sum before they were shared out and the largest score (H, T, 2), the input of `Out`
-// (T, C + E): attention and gelu(h), and the slope of gelu (T, E), which holds h itself until the unit is settled. Of linear
-// attention q and k are the features; with qk_norm they are normalised, and 1 / rms of the query and of the key (H, T, 2) is kept.
+// and values once more in tiles of tokens (H, padded T / PANEL, D, PANEL), attention weights (H, T, padded T), or null where
+// they are made anew when needed, one over their sum before they were shared out and the largest score (H, T, 2), the input of
+// `Out` (T, C + E): attention and gelu(h), and the slope of gelu (T, E), which holds h itself until the unit is settled. Of
+// linear attention q and k are the features; with qk_norm they are normalised, and 1 / rms of the query and of the key
+// (H, T, 2) is kept.
 struct Cache {
     float *n, *inverse, *q, *k, *v, *k_tiles, *v_tiles, *weights, *share, *out, *slope, *rms;
 };
@@ -212,8 +216,8 @@ static inline void outer(int count, const float *a, const float *b, float *to, i
         for (int v = 0; v < 2; v++) at(to + r * ldt + v * LANES) = sum[r][v];
 }
 
-// Rows begin..end of to (A, padded B) = sum over k < count of a_k b_k^T, a (count, A) and b (count, B). Few k at a time, so that
-// what is summed over stays in the fastest caches; each sum runs over k in the same order whatever the rows beside it.
+// Rows begin..end of to (A, padded B) = sum over k < count of a_k b_k^T, a (count, A) and b (count, B). Few k at a time, so
+// that what is summed over stays in the fastest caches; each sum runs over k in the same order whatever the rows beside it.
 static void outer_products(int count, int A, int B, const float *a, const float *b, int begin, int end, float *to) {
     constexpr int TERMS = 128;
     const int wide = padded(B);
@@ -312,8 +316,8 @@ static void spread_in_registers(int count, const float *weight, const float *a, 
         for (int v = 0; v < V; v++) at(row + v * LANES) += weight[s] * held[v] + weight_2[s] * held_2[v];
 }
 
-static void spread(int count, int size, const float *weight, const float *a, const float *weight_2, const float *a_2, float *row,
-                   int stride) {
+static void spread(int count, int size, const float *weight, const float *a, const float *weight_2, const float *a_2,
+                   float *row, int stride) {
     switch (size % LANES ? 0 : size / LANES) {
         case 1: return spread_in_registers<1>(count, weight, a, weight_2, a_2, row, stride);
         case 2: return spread_in_registers<2>(count, weight, a, weight_2, a_2, row, stride);
@@ -399,7 +403,8 @@ struct Pass {
         const float share = cache.share[2 * query(r, h)], top = cache.share[2 * query(r, h) + 1];
         scores(count, D, cache.q + row(r, h), cache.k_tiles + tiles(r.sample, h), w);
         int end = 0;
-        for (; end < count; end += LANES) at(w + end) = (s.linear ? at(w + end) : exponential((at(w + end) - top) * root)) * share;
+        for (; end < count; end += LANES)
+            at(w + end) = (s.linear ? at(w + end) : exponential((at(w + end) - top) * root)) * share;
         std::fill(w + count, w + end, 0.f);
         return w;
     }
@@ -517,8 +522,8 @@ struct Pass {
     }
 
     // J^T u of rows that belong to whole units, u(i) (C), into `push`. The derivatives in (q, k, v, h) end in back(i) (N),
-    // which holds on entry what tokens outside the unit send to k and v. first(i): first token of the row's unit; rows of a unit
-    // are consecutive.
+    // which holds on entry what tokens outside the unit send to k and v. first(i): first token of the row's unit; rows of a
+    // unit are consecutive.
     template <class State, class Back, class First>
     void transposed(const std::vector<Row> &rows, State u, Back back, First first) {
         const int R = rows.size(), OP = padded(C + E), CP = padded(C);
@@ -545,7 +550,7 @@ struct Pass {
                 for (int j = 0; j < count; j += LANES) at(ds + j) = growth(r, h, w + j) * (at(ds + j) - along);
                 mixture(count, D, ds, 1, cache.k + row({r.sample, 0}, h), D, back(i) + h * D);
             });
-            by_head(rows, 0, s.causal ? stop : R, [&](int i, int h) {  // what queries of its own unit send to a token's keys and values
+            by_head(rows, 0, s.causal ? stop : R, [&](int i, int h) {  // what queries of its own unit send to a token's k and v
                 const Row r = rows[i];
                 const int start = i - (r.token - first(i)), from = std::max(begin, s.causal ? i : start);
                 int end = from;
@@ -573,8 +578,8 @@ struct Pass {
         }
     }
 
-    // J v of rows that make whole samples, v(i) (C), into `push`. own: of each row's token alone, J_tt v_t, the others held; any
-    // rows then.
+    // J v of rows that make whole samples, v(i) (C), into `push`. own: of each row's token alone, J_tt v_t, the others held;
+    // any rows then.
     template <bool own, class State>
     void product(const std::vector<Row> &rows, State v) {
         const int R = rows.size(), NP = padded(N), CP = padded(C);
@@ -835,7 +840,7 @@ static void substitute(const Shape &s, const Packed &p, const Cache &cache, cons
                     if (unit.steps == solver.max_steps) {  // out of steps: back to the best state, for its force and cache
                         unit.last = true;
                         std::copy_n(unit.best.begin(), size, z);
-                    } else if (solver.memory && residual > STALL * unit.lowest) {  // plain from here on, at half the step each time
+                    } else if (solver.memory && residual > STALL * unit.lowest) {  // plain from here on, at half the step
                         sum.fallbacks += !unit.plain;
                         unit.plain = true, unit.step /= 2;
                         unit.history.forget();

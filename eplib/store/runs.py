@@ -174,12 +174,12 @@ class Run:
     def horizon(self, steps: Iterable[int]) -> list[dict[str, float]]:
         """The horizon that BPTT needs at the last weights, on the batch after the run's last: a row for each number of steps.
 
-        `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's step; `cosine` and
-        `ratio` of BPTT's gradient over them (block and embeddings) to that of the settled phases, whose own free residual is
-        `settled`.
+        `residual`, the worst sequence's |F| / |z| after so many steps of plain relaxation at the run's `plain_step`; `cosine`
+        and `ratio` of BPTT's gradient over them (block and embeddings) to that of the settled phases, whose own free residual
+        is `settled`.
         Raises FileNotFoundError without weights here, ValueError if a phase diverges.
         """
-        model, step = self.model(), self.config.solver.step
+        model, step = self.model(), self.config.plain_step
         batch = self.task().batch(self.config.steps)
         exact = gradient(model, *batch, estimator=DyadicEP(), solver=Anderson(step=step, max_steps=200, tol=1e-6),
                          nudged=Anderson(step=step, max_steps=200, tol=1e-5))
