@@ -10,6 +10,7 @@ A row is
     comparable: in which respects the two are alike, and in which not
     what: lowest cosine                                   optional, what our value is, printed before it
     unit: " %"                                            optional, printed behind our value
+    see: T1_operator                                      in place of ours: a figure or table that has it, without one value
 `ours` is absent where nothing here measures it. Nothing is tuned to a value of this file.
 """
 
@@ -24,7 +25,7 @@ from pipelines.claims import look_up, verdict
 from pipelines.common import ROOT, PipelineError, load_yaml
 
 COLUMNS = ["claim of the reference", "origin", "our evidence", "verdict", "comparability"]
-REQUIRED, OPTIONAL = {"claim", "origin", "comparable"}, {"ours", "holds", "seeds", "unit", "what"}
+REQUIRED, OPTIONAL = {"claim", "origin", "comparable"}, {"ours", "see", "holds", "seeds", "unit", "what"}
 NOWHERE, APART = "not measured", "not comparable"
 
 
@@ -48,7 +49,7 @@ def evidence(row: dict[str, Any], profile: str, root: Path = ROOT) -> tuple[str,
     """What was measured here, in words, and the verdict on what the reference says."""
     results, ours = root / "results" / name_of(profile), row.get("ours")
     if ours is None:
-        return NOWHERE, UNDECIDED
+        return (row["see"], APART) if "see" in row else (NOWHERE, UNDECIDED)
     if "row" in ours:
         known = [found for found in look_up(results, ours["file"], "rows") or () if found[0].startswith(ours["row"])]
         return (known[0][1], known[0][2]) if known else (NOWHERE, UNDECIDED)

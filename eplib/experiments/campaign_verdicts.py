@@ -67,11 +67,13 @@ def ladder(rows: Rows) -> dict[str, Any]:
             "x8_gain": None if frozen is None or tracking is None else tracking - frozen}
 
 
-def rescued(rows: Rows) -> float | None:
-    """Of T6d: the share of the sequences at which Anderson's method stalled, over all weights, that a homotopy settled; None
-    where it stalled at none."""
+def rescued(rows: Rows) -> float | dict[str, Any] | None:
+    """Of T6d: the share of the sequences at which Anderson's method stalled, over all weights, that a homotopy settled; where
+    it stalled at none, as results files hold what is not decided; None without rows."""
     left = {name: sum(100 - row[2] for row in rows if row[1] == name) for name in ("Anderson", "Anderson, then Homotopy")}
-    return 1 - left["Anderson, then Homotopy"] / left["Anderson"] if left["Anderson"] else None
+    if not left["Anderson"]:
+        return {"value": None, "undecided": "Anderson's method stalled at no sequence"} if rows else None
+    return 1 - left["Anderson, then Homotopy"] / left["Anderson"]
 
 
 Section = tuple[str, str, dict[str, float]]
@@ -113,8 +115,6 @@ def verdict(section: str, found: Mapping[str, Any]) -> str:
 def summary(arms: Arms, runs: list[Run], widths: Mapping[int, Arms], found: Mapping[str, Any]) -> dict[str, Any]:
     """What the paper's text and claims read, with what sections `found`."""
     held = [run for run in runs if run.config.arm in HELD]
-    if "homotopy_rescued" in found and found["homotopy_rescued"] is None:
-        found = {**found, "homotopy_rescued": {"value": None, "undecided": "Anderson's method stalled at no sequence"}}
     pairs = {"ep_minus_bp": ("ep_linear", "backprop"), "ep_minus_bptt": ("ep_linear", "bptt"), "two_minus_bptt": ("ep", "bptt"),
              "bptt_minus_bp": ("bptt", "backprop"), "recipe_minus_held": ("recipe_tracking", "ep_linear"),
              "frozen_minus_tracking": ("recipe_frozen", "recipe_tracking")}

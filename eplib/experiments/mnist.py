@@ -207,9 +207,9 @@ def _of_direction(found: Evidence) -> Row:
     exact, wrong = ([float(end(audits(run, "cosine")[1])) for run in found.behind(arm) if run.config.audit_every]
                     for arm, end in (("symmetric_controlled", np.min), ("reference", np.max)))
     known = min(len(exact), len(wrong)) >= FEWEST
-    seen = "not run" if not exact and not wrong else (
-        f"symmetric: lowest {shown(min(exact, default=None), 3)} along training; free weights: highest "
-        f"{shown(max(wrong, default=None), 3)}")
+    symmetric = f"symmetric: lowest {shown(min(exact), 3)} along training" if exact else "symmetric: not run"
+    free = f"free weights: highest {shown(max(wrong), 3)}" if wrong else "free weights: not run"
+    seen = f"{symmetric}; {free}" if exact or wrong else "not run"
     return ["uncorrected EP has the gradient's direction in the symmetric form only (0.997, against 0.42)", seen,
             verdicts.of(min(exact) > 0.99 and max(wrong) < 0.99 if known else None)]
 

@@ -179,7 +179,9 @@ def within(gap: Mapping[str, Any]) -> bool:
 def price(gap: Mapping[str, Any], of: float | None, below: float | None) -> dict[str, Any]:
     """A difference of losses as the price of having brought a quantity `of` below a bound: undecided where that is not so."""
     reached = of is not None and below is not None and of < below
-    return dict(gap) if reached else {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"}
+    if reached or of is None:  # without the arm there is no difference either, which says enough
+        return dict(gap)
+    return {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"}
 
 
 def cheapest(arms: Arms, measured: Mapping[str, Any]) -> tuple[str, dict] | None:
@@ -212,7 +214,7 @@ def q1(points: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Mapping[st
     cosine = lowest(places) if checkpoints else None  # a construction alone says nothing of a trained block
     plain = min((place["vector_field"] for place in places if place["vector_field"] is not None), default=None)
     rho = max((place["rho"] for place in places if place["rho"] is not None), default=math.nan)
-    known = "" if checkpoints else f" {lowest(places):.6f} on the construction; on trained blocks"
+    known = "" if checkpoints else f" {lowest(places):.6f} on the construction (trained blocks: not recorded)"
     said = f"three forward relaxations, {RHO} up to {rho:.3g}: smallest cosine{known}; uncorrected {shown(plain)}"
     return Verdict("Q1: is the adjoint out of reach of forward relaxations?", said, cosine,
                    ENGINEERING if cosine is not None and cosine >= EXACT else UNDECIDED)
