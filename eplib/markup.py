@@ -1,6 +1,7 @@
 """Result tables as HTML, the same in JupyterLab and in the report. Imports neither torch nor matplotlib."""
 
 import html
+import math
 from typing import Any
 
 
@@ -21,6 +22,8 @@ def table(name: str, value: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return f"<td>{ {True: 'yes', False: 'no', None: '–'}[value]}</td>"
+    if isinstance(value, float) and math.isnan(value):
+        return _cell(None)
     if isinstance(value, int | float):
         return f'<td class="number">{value:.5g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
     return f"<td>{html.escape(str(value))}</td>"

@@ -165,6 +165,7 @@ def branch(arm, loss, seed, step):
     found = run(arm, 50.0, seed)
     found.config.branch = SimpleNamespace(step=step) if step else None
     found.metrics["final"]["loss"] = loss
+    found.metrics["converged"] = {"loss": loss + 1, "settled": 1.0, "residual_median": 0.0}
     return found
 
 
@@ -177,12 +178,18 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     half = 4.302652729911275 * 0.001 / 3**0.5  # Student's t of 2 degrees of freedom
     runs[5].metrics["without_gradient"] = 4
     early, late = branches.rows(runs, "linear", margin=0.01)
-    assert early[:2] + early[3:] == [32, 100, 3, f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]", "equivalent", "100", 4]
+    gap = f"+0.0020 [{0.002 - half:+.4f}, {0.002 + half:+.4f}]"
+    assert early[:2] + early[3:] == [32, 100, 3, gap, "equivalent", "100", gap, 4]
     assert late[:2] + late[3:6] == [32, 200, 1, "+0.5000", seeds.UNDECIDED]
+    runs[6].metrics["converged"]["settled"] = 0.98  # the two of one seed have no fixed point to compare
+    assert branches.rows(runs, "linear", margin=0.01)[0][7] == "+0.0020 [-0.0107, +0.0147]"
     found = branches.summary(runs, "linear")
     assert found["two_minus_linear_100"] == {"mean": pytest.approx(0.002), "low": pytest.approx(0.002 - half),
                                              "high": pytest.approx(0.002 + half), "n": 3}
     assert set(found) == {"two_minus_linear_100", "two_minus_linear_200"} and found["two_minus_linear_200"]["n"] == 1
+    first, second = branches.reading(found, "linear")
+    assert first.startswith("After 100 updates, two minus linear: +0.0020 nats")
+    assert "n = 1" in second
 
 
 def screened(arm: str, loss: float | None, abscissas: list[float], rate: float | None, seed: int = 0, settled: float = 1.0):

@@ -12,6 +12,7 @@ from .. import plotting
 from ..store import tables
 from ..store.comparisons import compare, differences
 from ..store.runs import Run
+from . import words
 from .seeds import interval, relation
 
 
@@ -27,7 +28,7 @@ def by_step(runs: Iterable[Run]) -> dict[int, dict[str, list[Run]]]:
 def rows(runs: Iterable[Run], against: str, margin: float) -> list[list]:
     """A row for each step and rule among the branches: the model's width, step, label, seeds, how far its final loss is from
     that of the rule `against`, seed by seed, with its interval, whether they are equivalent within the margin (nats), the share
-    that settled, and the updates without a task gradient."""
+    that settled, how far the losses at the fixed points are apart, and the updates without a task gradient."""
     found = []
     for step, arms in by_step(runs).items():
         for arm in arms.keys() - {against}:
@@ -35,8 +36,27 @@ def rows(runs: Iterable[Run], against: str, margin: float) -> list[list]:
             seen = compare(differences(arms, arm, against))
             found.append([model.width, step, plotting.label(arm), seen.pairs, interval(seen, 4),
                           relation(seen, [*arms[arm], *arms.get(against, [])], margin), tables.settled_cell(arms[arm]),
+                          interval(compare(_settled(arms[arm], arms.get(against, []))), 4),
                           sum(map(tables.without_gradient, arms[arm]))])
     return sorted(found, key=lambda row: row[:3])
+
+
+def _settled(ours: Iterable[Run], theirs: Iterable[Run]) -> list[float]:
+    """Differences of the losses at the converged fixed points, over the seeds that both have where enough samples settle."""
+    found: list[dict[int, float]] = [
+        {run.config.seed: loss for run in some if (loss := tables.at_fixed_point(run)) is not None} for some in (ours, theirs)]
+    return [found[0][seed] - found[1][seed] for seed in sorted(found[0].keys() & found[1].keys())]
+
+
+def reading(found: dict[str, dict], against: str) -> list[str]:
+    """What a summary says, in sentences."""
+    said = []
+    for key, gap in found.items():
+        arm, _, step = key.replace(f"_minus_{against}_", " ").partition(" ")
+        if gap["mean"] is not None:
+            name = f"After {int(step):,} updates, {plotting.label(arm)} minus {plotting.label(against)}"
+            said.append(words.difference(name, gap, "nats", 4))
+    return said
 
 
 def summary(runs: Iterable[Run], against: str) -> dict[str, dict]:

@@ -235,7 +235,7 @@ def summary(found: Evidence, runs: list[Run], followed: list[Run], audited: list
            for name, arm in (("ep", "ep_linear"), ("two", "ep"), ("bp", "backprop"), ("vector_field", "vector_field"))},
         **{f"{ours}_minus_{other}": tables.paired(arms, *pair, "accuracy") for (ours, other), pair in pairs.items()},
         "without_gradient": sum(map(tables.without_gradient, runs)), "steps": sum(run.config.steps for run in runs),
-        "excursions": excursions(followed),
+        "excursions": excursions(followed), "steps_controlled": sum(run.config.steps for run in followed),
         **{f"excursions_{name}": excursions(run for run in followed if run.config.arm == arm)
            for name, arm in (("symmetric", "symmetric_controlled"), ("bptt", "bptt"))},
         "bptt_steps": max((estimator.steps for estimator in bptt), default=None),
@@ -267,6 +267,6 @@ def reading(found: dict[str, Any]) -> list[str]:
     said += [words.level(f"{name}, cosine with the exact gradient at the end", found[f"cosine_{key}"], "", 4)
              for key, name in (("ep", "Linear response"), ("vector_field", "uncorrected EP"))]
     return [*said, words.count(found["without_gradient"], found["steps"], "Updates without a gradient, all runs"),
-            words.count(found["excursions"], found["steps"], "Updates with an excursion, runs under control"),
+            words.count(found["excursions"], found["steps_controlled"], "Updates with an excursion, runs under control"),
             f"Of the reference's claims {found['claims_held']} hold, {found['claims_failed']} fail and {found['claims_open']} "
             "are not decided."]

@@ -178,10 +178,8 @@ def within(gap: Mapping[str, Any]) -> bool:
 
 def price(gap: Mapping[str, Any], of: float | None, below: float | None) -> dict[str, Any]:
     """A difference of losses as the price of having brought a quantity `of` below a bound: undecided where that is not so."""
-    reached = of is not None and below is not None and of < below
-    if reached or of is None:  # without the arm there is no difference either, which says enough
-        return dict(gap)
-    return {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"}
+    missed = of is not None and (below is None or not of < below)  # without the arm there is no difference either
+    return {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"} if missed else dict(gap)
 
 
 def cheapest(arms: Arms, measured: Mapping[str, Any]) -> tuple[str, dict] | None:
@@ -244,8 +242,8 @@ def q3(points: Sequence[Mapping[str, Any]], echoes: Sequence[Mapping[str, float]
     if not inside:
         return unmeasured(asked)
     damped = next((one for one in echoes if one["cosine"] < 0.9), None)
-    said = f"a transposed twin with {100 * small:g} % mismatch: smallest cosine" + (
-        f"; an echo is exact without loss and falls to {damped['cosine']:.2f} at {LOST} = {damped['lost']:g}" if damped else "")
+    said = f"an echo is exact without loss, {damped['cosine']:.2f} at {LOST} = {damped['lost']:g}; " if damped else ""
+    said += f"a transposed twin with {100 * small:g} % mismatch: smallest cosine"
     return Verdict(asked, said, min(inside), ENGINEERING if min(inside) >= 0.99 else UNDECIDED)
 
 
