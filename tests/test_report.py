@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import shutil
 import urllib.parse
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import browser
 from eplib import plotting, settings
 from pipelines import cells, claims, close, common, paper, report
 from pipelines.common import PipelineError
-from pipelines.site import build, charts, pages, runs, text
+from pipelines.site import build, catalogue, charts, pages, runs, text
 from test_paper import SOURCES, fill, planted
 
 ROOT = common.ROOT
@@ -175,12 +176,50 @@ def test_a_row_whose_seeds_are_not_those_recorded_leads_nowhere():
 def test_a_curve_is_drawn_where_it_is_finite_and_thinned_without_losing_its_worst():
     made = charts.chart("residual", {"r": ([0, 1, 2, 3], [1.0, 10.0, float("nan"), 100.0])}, log=True)
     assert [line.pieces for line in made.lines] == [[f"0,{charts.HEIGHT} 213,{charts.HEIGHT // 2}", f"{charts.WIDTH},0"]]
-    assert [tick.text for tick in made.up] == ["1e0", "1e1", "1e2"]
+    assert [tick.text for tick in made.up] == ["1", "10", "100"]
     spiked = [0.0] * 5000
     spiked[1234] = 7.0
     points = charts.thinned(list(range(5000)), spiked, worst=True)
     assert len(points) <= charts.POINTS and max(y for _, y in points) == 7.0 and points[-1][0] == 4999
     assert charts.chart("none", {"r": ([0, 1], [float("nan")] * 2)}) is None
+
+
+@pytest.mark.parametrize(("low", "high", "marks"), [
+    (0.03, 0.4, ["0.05", "0.1", "0.2"]), (1e-7, 1.0, ["1e-07", "1e-05", "0.001", "0.1"]), (0.61, 0.72, ["0.61", "0.72"]),
+    (0.9, 1.3, ["0.9", "1.3"])])
+def test_a_logarithmic_axis_says_its_values_and_not_those_of_rounded_exponents(low, high, marks):
+    made = charts.chart("norm", {"r": ([0, 1], [low, high])}, log=True)
+    assert [tick.text for tick in made.up] == marks
+    span = math.log10(high) - math.log10(low)
+    for tick in made.up:
+        assert tick.at / charts.HEIGHT == pytest.approx((math.log10(high) - math.log10(float(tick.text))) / span, abs=0.01)
+
+
+def test_a_claim_leads_to_the_table_that_holds_its_number():
+    def item(label, rows=()):
+        return catalogue.Item(*label.split("-"), "n", "", "", "", {"rows": rows})
+
+    items = {"tab-A": item("table-A", [["EP", 0.45581]]), "fig-A": item("figure-A"),
+             "tab-B": item("table-B", [["EP", 0.65913], ["BPTT", "+0.012 [0, 1]"]])}
+    assert catalogue.shown_for(0.65913, ["tab-A", "fig-A"], items) == ["tab-B", "fig-A"]
+    assert catalogue.shown_for(0.45581, ["tab-A", "fig-A"], items) == ["tab-A", "fig-A"]
+    assert catalogue.shown_for(0.0121, [], items) == ["tab-B"]
+    for unknown in (None, 3, 0.0, 0.7):  # in no table, or in too many to be found by its value
+        assert catalogue.shown_for(unknown, ["tab-A", "fig-A"], items) == ["tab-A", "fig-A"]
+
+
+def test_what_is_absent_from_the_paper_gives_no_caption_and_a_dot_stands_over_its_letter():
+    absent = pages.soup_of('<figure id="tab-T9"><p>missing: table T9</p></figure>').figure
+    assert text.caption(absent) == ""
+    soup = pages.soup_of("<body><math><mover><mi>z</mi><mo>\u0307</mo></mover></math></body>")
+    assert "\u02d9" in text.page(text.Text(soup, "", {}, "", [], {}), lambda label: None, {})
+
+
+def test_the_outcome_of_a_run_is_said_as_tables_say_it():
+    older = {"final": {"loss": 1.5, "settled": [0.5, 1.0], "residual_max": 0.0, "iterations": 0}}
+    assert runs.outcome(older, explicit=False)[::2] == [1.5, "≥ 0.5", 0]
+    assert runs.outcome(older, explicit=True)[2:] == [None] * 3
+    assert pages.numeric([["a", None, 1], ["b", "≥ 50", None], ["c", 0.5, True]]) == [False, True, True]
 
 
 def test_a_notebook_with_results_that_was_not_executed_here_is_shown_with_what_was_recorded(tmp_path):
@@ -275,6 +314,16 @@ def test_runs_of_a_group_are_told_apart_by_what_differs_and_a_row_without_a_run_
     for run, strength in zip(some, (1.0, 3.0), strict=True):
         run.config["penalties"] = [{"strength": strength}]
     assert runs.varying(some) == {"optimiser.lr": "learning rate", "penalties.0.strength": "strength"}
+    told = {"columns": ["rule", "strength"], "rows": [[some[0].look.label, 1.0]]}
+    assert runs.of_rows(told, {"toy": some}) == [some[:1]] and runs.of_rows(told | {"runs": False}, {"toy": some}) == [[]]
+    two = row_runs(("ep", 0, 0.3), ("bptt", 0, 0.3))  # the run of the first rule that a row names; the second is beside it
+    labels = [run.look.label for run in two]
+    assert runs.matching(["run", "gradient"], labels, two) == two[:1]
+    assert runs.matching(["run", "gradient"], labels[::-1], two) == two[1:]
+    for run, step in zip(some, (500, 1500), strict=True):
+        run.__dict__.pop("settings", None)
+        run.config["branch"] = {"step": step}
+    assert runs.matching(["C", "from update", "rule"], [64, 1500, some[0].look.label], some) == some[1:]
     heads, arm = ["controller", "strength", "recorded"], some[0].look.label
     assert runs.matching(heads, [arm, 3.0, "yes"], some) == some[1:]
     assert runs.matching(heads, [arm, 3.0, "no"], some) == []

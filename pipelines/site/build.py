@@ -75,7 +75,8 @@ class Site:
             elif item.kind == "table":
                 item.runs = runs.of_rows(item.value, groups.get(item.notebook, {}))
         summaries = {one.name: one.summary for one in self.all.experiments}
-        for claim in self.all.claims:
+        for number, claim in enumerate(self.all.claims, start=1):
+            claim["number"] = f"C{number}"  # as the paper has it
             file, _, key = claim["from"].partition(": ")
             top, notebook = key.split(".")[0], file.split("/")[0]
             claim["key"] = top if file.endswith("/summary.json") and top in summaries.get(notebook, {}) else ""
@@ -172,13 +173,14 @@ class Site:
         for group, some in self.runs.items():
             apart = runs.varying(some)
             rows = [(run, [*(run.settings.get(key) for key in apart), run.config["seed"], run.config["steps"],
-                           *(run.metrics["final"].get(key) for key in runs.SUMMARY)]) for run in some]
+                           *runs.outcome(run.metrics, run.settings.get("estimator.kind") == "Backprop")]) for run in some]
             heads = ["run", *apart.values(), "seed", "steps", *(key.replace("_", " ") for key in runs.SUMMARY)]
             self.page("group.html", f"runs/{group}/index.html", group=group, rows=rows, columns=heads)
             for run in some:
-                self.run_page(run)
+                self.run_page(run, ", ".join(f"{head} {pages.number(run.settings.get(key))}" for key, head in apart.items()))
 
-    def run_page(self, run: runs.Recorded) -> None:
+    def run_page(self, run: runs.Recorded, apart: str) -> None:
+        """A run's page; `apart` says what tells it from the others of its arm."""
         beside = self.folder / "runs" / run.group / run.name
         beside.mkdir(parents=True)
         for file in run.files:
@@ -186,7 +188,7 @@ class Site:
         log = (run.folder / "log.csv.gz").relative_to(self.root)
         self.page("run.html", run.href, indexed=False, run=run, files=run.files, log=log, charts=run.charts(),
                   metrics=dict(runs.flat(run.metrics)), provenance=dict(runs.flat(run.provenance | run.machine)))
-        title = f"{run.group}: {run.look.label}, seed {run.config['seed']}"
+        title = f"{run.group}: {run.look.label}, {apart}, seed {run.config['seed']}"
         self.index.append(search.Entry(title, run.href, f"run {run.name} {run.sample[:200]}"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,12 +179,34 @@ def collect(profile: str, text: Text, root: Path = ROOT) -> Catalogue:
     for claim in content["claims"].values():
         owner = claim["from"].split("/")[0]
         said = text.said.get(claim["id"], [])
-        claim["shown"] = [label for label in said if label in items and items[label].notebook == owner]
+        own = {label: item for label, item in items.items() if item.notebook == owner}
+        claim["shown"] = shown_for(claim["value"], [label for label in said if label in own], own)
         for label in claim["shown"]:
             items[label].claims.append(claim["id"])
     experiments = sorted((made for made, _ in read), key=lambda made: (
         made.number, min((order.get(item.label, len(order)) for item in made.items), default=len(order)), made.name))
     return Catalogue(profile, experiments, items, list(content["claims"].values()), machine)
+
+
+def shown_for(value: Any, cited: list[str], items: dict[str, Item]) -> list[str]:
+    """What a claim leads to: the tables of its notebook that hold its value, if any those that the paper cites beside it, and
+    the figures cited there; where no table holds it, all that is cited."""
+    holding = [label for label, item in items.items() if item.kind == "table" and holds(item.value["rows"], value)]
+    cited_ones = [label for label in cited if label in holding]
+    if not holding:
+        return cited
+    return [*(cited_ones or holding[:2]), *(label for label in cited if items[label].kind == "figure")]
+
+
+def holds(rows: list[list[Any]], value: Any) -> bool:
+    """Whether a cell is this number, or begins with it as tables print a mean. A count, a zero or a one is in too many tables
+    to be found by its value."""
+    if not isinstance(value, float) or value in (0.0, 1.0):
+        return False
+    digits = [count for count in (2, 3, 4) if abs(value) >= 10.0 ** (1 - count)]
+    printed = tuple(f"{value:{sign}.{count}f}" for count in digits for sign in ("", "+"))
+    return any(cell.startswith(printed) if isinstance(cell, str) else isinstance(cell, float) and math.isclose(cell, value)
+               for row in rows for cell in row)
 
 
 def caption_of(label: str, text: Text) -> str:

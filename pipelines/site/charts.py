@@ -77,8 +77,8 @@ def chart(title: str, curves: dict[str, tuple[list[float], list[float]]], *, log
     lines = [Line(name, COLOURS[index % len(COLOURS)], _pieces(points, place))
              for index, (name, points) in enumerate(kept.items())]
     across = [Tick((at - left) / (right - left) * WIDTH, f"{at:g}") for at in _round(left, right)]
-    up = [Tick((high - at) / (high - low) * HEIGHT, f"1e{at:.0f}" if log else f"{at:g}")
-          for at in _round(low, high, whole=log)]
+    up = [Tick((high - at) / (high - low) * HEIGHT, f"{float(f'{10**at:.2g}'):g}" if log else f"{at:g}")
+          for at in (_of_decades if log else _round)(low, high)]
     return Chart(title, lines, across, up)
 
 
@@ -104,12 +104,21 @@ def _pieces(points: list[tuple[float, float]], place: object) -> list[str]:
     return [" ".join(piece) for piece in pieces if piece]
 
 
-def _round(low: float, high: float, whole: bool = False) -> list[float]:
-    """Up to six round numbers from low to high; with `whole`, of decades, only integers."""
+def _of_decades(low: float, high: float) -> list[float]:
+    """Logarithms of up to six powers of ten from 10^low to 10^high; where there are not two of them, of 1, 2 and 5 times one;
+    where there are not two of these, the ends."""
+    whole = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+    if len(whole) > 1:
+        return [float(at) for at in whole[::math.ceil(len(whole) / 6)]]
+    finer = [at + math.log10(factor) for at in range(math.floor(low), math.ceil(high) + 1) for factor in (1, 2, 5)]
+    inside = [at for at in finer if low - 1e-9 <= at <= high + 1e-9]
+    return inside if len(inside) > 1 else [low, high]
+
+
+def _round(low: float, high: float) -> list[float]:
+    """Up to six round numbers from low to high."""
     step = 10.0 ** math.floor(math.log10((high - low) / 5))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
-    if whole:
-        step = max(1.0, round(step))
     first = math.ceil(low / step - 1e-9)
     found = [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
     return [round(value, 12) for value in found] or [low, high]

@@ -25,7 +25,7 @@ def environment() -> Environment:
     """jinja2 with this folder's templates; a name that a page was not given is an error."""
     made = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
                        undefined=StrictUndefined)
-    made.filters |= {"number": number, "plain": plain, "breakable": breakable, "compact": compact}
+    made.filters |= {"number": number, "plain": plain, "breakable": breakable, "compact": compact, "numeric": numeric}
     return made
 
 
@@ -37,13 +37,19 @@ def render(template: str, place: str, **values: Any) -> str:
 
 def number(value: Any) -> str:
     """A value as tables print it: five digits, a minus sign, a dash for nothing."""
-    if value is None:
+    if value is None or value == "":
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return f"{value:.5g}".replace("-", "−") if isinstance(value, float) else f"{value}".replace("-", "−")
     return str(value)
+
+
+def numeric(rows: list[list[Any]]) -> list[bool]:
+    """For each column of a table whether it is one of numbers, what is missing or said in place of one aside."""
+    return [any(isinstance(value, int | float) and not isinstance(value, bool) for value in column)
+            for column in zip(*rows, strict=True)]
 
 
 def breakable(name: str) -> Markup:
@@ -62,9 +68,12 @@ def soup_of(markup: str) -> BeautifulSoup:
 
 
 def labelled(soup: Tag) -> None:
-    """Give every table of a page a frame that scrolls and its cells the name of their column, which a phone shows."""
+    """Give every table of a page a frame that scrolls and its cells the name of their column, which a phone shows; one of many
+    columns is set smaller."""
     for table in soup.find_all("table"):
         heads = [cell.get_text(" ", strip=True).replace("- ", "") for cell in table.select("thead th, thead td")]
+        if len(heads) > 9 and "many" not in (table.get("class") or []):
+            table["class"] = " ".join([*(table.get("class") or []), "many"])
         for row in table.select("tbody tr"):
             for head, cell in zip(heads, row.find_all(["td", "th"]), strict=False):
                 cell["data-label"] = head

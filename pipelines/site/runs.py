@@ -15,7 +15,8 @@ from pipelines.site.charts import Chart, Columns, chart, columns
 
 # Column of a table -> the key of a run's configuration that it holds.
 COLUMNS = {"learning rate": "optimiser.lr", "seed": "seed", "nudge strength": "estimator.beta", "mixing": "solver.step",
-           "width": "model.width", "context": "model.context", "strength": "penalties.0.strength"}
+           "width": "model.width", "C": "model.width", "context": "model.context", "strength": "penalties.0.strength",
+           "from update": "branch.step"}
 FILES = ("config.json", "metrics.json", "curve.csv", "provenance.json", "horizon.json")  # the log is large: its path is given
 DRAWN = ("step", "loss", "accuracy", "free_residual_max", "nudged_residual_max", "iterations_mean", "iterations_max",
          "rate_probe", "rate_tail", "gradient_norm")
@@ -94,6 +95,16 @@ class Recorded:
         return [made for made in drawn if made]
 
 
+def outcome(metrics: dict[str, Any], explicit: bool) -> list[Any]:
+    """Of the final evaluation what `SUMMARY` names; a network without phases has none to settle. Runs that recorded no more
+    than the median residual know between which shares the settled ones lie."""
+    found = dict(metrics["final"])
+    if isinstance(share := found.get("settled"), list):
+        low, high = share
+        found["settled"] = {(0.5, 1.0): "≥ 0.5", (0.0, 0.5): "< 0.5"}.get((low, high), "?")
+    return [None if explicit and key in ("settled", "residual_max", "iterations") else found.get(key) for key in SUMMARY]
+
+
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings and lists, by dotted keys; a list of leaves is one."""
     if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
@@ -120,7 +131,7 @@ def recorded(profile: str, looks: dict[str, Look], root: Path = ROOT) -> dict[st
 
 def varying(some: list[Recorded]) -> dict[str, str]:
     """The settings in which the runs of a group differ, each with its name in tables; the learning rate always."""
-    names = {key: head for head, key in COLUMNS.items() if head != "seed"} | {"branch.step": "from update"}
+    names = {key: head for head, key in COLUMNS.items() if head not in ("seed", "C")}
     return {key: head for key, head in names.items()
             if key == "optimiser.lr" or len({str(run.settings.get(key)) for run in some}) > 1}
 
@@ -128,10 +139,11 @@ def varying(some: list[Recorded]) -> dict[str, str]:
 def of_rows(table: dict[str, Any], groups: dict[str, list[Recorded]]) -> list[list[Recorded]]:
     """For each row of a table the runs that it is made of, none where it does not say: those whose arm one of its words names,
     whose configuration has the values in its columns, and which are as many as its seeds. Of the group that explains most rows
-    and contradicts fewest, the first of equals; none where fewer than half of the rows are explained."""
+    and contradicts fewest, the first of equals; none where fewer than half of the rows are explained, or where the table says
+    that it is not made of runs (`runs: false`)."""
     best: list[list[Recorded]] = [[] for _ in table["rows"]]
     most = 0
-    for runs in groups.values():
+    for runs in groups.values() if table.get("runs", True) else ():
         found = [matching(table["columns"], row, runs) for row in table["rows"]]
         explained, contradicted = sum(map(bool, found)), found.count(None)
         if explained - contradicted > most and 2 * explained >= len(found):
@@ -143,12 +155,13 @@ def matching(heads: list[str], row: list[Any], runs: list[Recorded]) -> list[Rec
     """The runs of one group that a row is made of; none where it speaks of no arm or setting of theirs, None where it speaks of
     them and says something else."""
     cells = dict(zip(heads, row, strict=True))
-    named = {value for value in row if isinstance(value, str)} & {run.look.label for run in runs}
+    labels = {run.look.label for run in runs}
+    named = next((value for value in row if isinstance(value, str) and value in labels), None)  # a later one is beside it
     asked = {COLUMNS[head]: value for head, value in cells.items() if head in COLUMNS and isinstance(value, int | float)}
-    other = not named and (isinstance(row[0], str) or len(asked) < 2)  # about something else, or about next to nothing
+    other = named is None and (isinstance(row[0], str) or len(asked) < 2)  # about something else, or about next to nothing
     if cells.get("recorded") == "no" or other or (runs and cells.get("runs of", runs[0].group) != runs[0].group):
         return []
-    found = [run for run in runs if (not named or run.look.label in named)
+    found = [run for run in runs if (named is None or run.look.label == named)
              and all(close(run.settings.get(key), value) for key, value in asked.items() if key in run.settings)]
     count = cells.get("seeds", cells.get("n", len(found)))
     return found if found and count == len(found) else None

@@ -78,7 +78,7 @@ def placed(soup: BeautifulSoup) -> list[Tag]:
 def caption(made: Tag) -> str:
     """The caption of a figure as HTML, without its number."""
     own = made.find("figcaption") or made.find("p", recursive=False)
-    if not isinstance(own, Tag):
+    if not isinstance(own, Tag) or own.get_text().startswith("missing:"):  # what the paper has in the place of an absent table
         return ""
     inside = soup_of(own.decode_contents())
     first = inside.find("strong")
@@ -127,6 +127,8 @@ def page(text: Text, drawn: Callable[[str], str | None], claims: dict[str, str])
     for link in soup.find_all("a"):  # into what was replaced, as a row of the table of claims
         if (target := str(link.get("href", ""))).startswith("#") and target[1:] not in ids:
             link.unwrap()
+    for dot in soup.find_all("mo", string="\u0307"):  # alone, a combining dot hangs on whatever is left of it
+        dot.string = "\u02d9"
     labelled(soup)
     return soup.decode()
 
