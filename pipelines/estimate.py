@@ -2,6 +2,7 @@
 
     python -m pipelines.estimate --profile P             a table: runs to train and notebooks to run, recorded and here
     python -m pipelines.estimate --profile P --measure   times the first steps of what is not recorded; the paper has the table
+    python -m pipelines.estimate --profile P --left      that table without what has been recorded since, timing nothing
 
 A run's time is that of the recorded run itself, else that of its arm, else of its experiment, by the step. The calibration
 times one gradient on all processors at once, as training uses them, and is compared with the one kept in results/reference/:
@@ -243,12 +244,32 @@ def measured(configs: Sequence[RunConfig], root: Path = ROOT) -> dict[str, Any]:
                     "for evaluations: the phases of trained weights take longer. Without data here: not in the hours."}
 
 
+def hours_of(profile: str) -> Path:
+    """Where `--measure` writes its table; raises `PipelineError` where it has not."""
+    path = ROOT / "results" / name_of(profile) / "machine" / "hours.json"
+    if not path.is_file():
+        raise PipelineError(f"{path.relative_to(ROOT)} is not there: nothing was timed at profile {profile}; run --measure")
+    return path
+
+
+def left(found: dict[str, Any], configs: Sequence[RunConfig]) -> dict[str, Any]:
+    """The table of an earlier `measured` for the runs that are not recorded now, their hours by their share of the steps."""
+    rows = []
+    for name, _, without, steps, hours, *slowest in found["rows"]:
+        if own := [config for config in configs if config.experiment == name]:
+            now = sum(config.steps - config.first for config in own)
+            share = None if hours is None else round(hours * now / steps, 1)
+            rows.append([name, len(own), min(without, len(own)), now, share, *slowest])
+    return found | {"rows": rows}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.estimate", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--profile")
     parser.add_argument("--measure", action="store_true", help="time the first steps of what is not recorded")
+    parser.add_argument("--left", action="store_true", help="bring what --measure wrote up to what is recorded since")
     parser.add_argument("--unit", action="store_true", help=argparse.SUPPRESS)  # what `calibrate` starts
     options = parser.parse_args(arguments)
     if options.unit:
@@ -257,8 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.profile:
         parser.error("give --profile")
     try:
-        if options.measure:
-            found = measured(unrecorded(options.profile))
+        if options.measure or options.left:
+            missing = unrecorded(options.profile)
+            found = measured(missing) if options.measure else left(read_json(hours_of(options.profile)), missing)
             save_machine(options.profile, "hours", found)
             print(*found["rows"], sep="\n")
             return 0

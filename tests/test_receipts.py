@@ -189,6 +189,19 @@ def test_what_was_never_recorded_is_measured_by_its_first_steps(timed, monkeypat
     assert row[:4] == ["toy", 2, 1, 200] and 0 <= row[4] < 1 and row[5] == "longer"
 
 
+def test_the_table_of_hours_is_brought_up_to_what_was_recorded_since(timed):
+    found = estimate.unrecorded("quick", timed)
+    table = {"title": "hours", "rows": [["toy", 3, 0, 400, 4.0, "longer", 0.1], ["other", 1, 1, 10, None, None, None],
+                                        ["whole", 2, 0, 50, 1.0, "ep", 0.1]]}
+    toy = [config for config in found if config.experiment == "toy"]
+    rest = [config for config in found if config is not toy[0]]
+    now = 400 - toy[0].steps
+    assert estimate.left(table, rest)["rows"] == [["toy", 2, 0, now, 4.0 * now / 400, "longer", 0.1],
+                                                  ["other", 1, 1, 10, None, None, None]]
+    with pytest.raises(common.PipelineError, match="run --measure"):
+        estimate.hours_of("a-profile-of-nobody")
+
+
 def test_make_paper_prepares_the_data_of_the_runs_whose_weights_are_in_git():
     [named] = [line.split()[2:] for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("RECORDED :=")]
     listed = subprocess.run(["git", "ls-files", "results/paper/weights"], cwd=ROOT, capture_output=True, text=True, check=True)
