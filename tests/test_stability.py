@@ -88,7 +88,7 @@ def test_an_evaluation_whose_phase_diverged_has_no_spectrum_and_is_said():
 def trained(arm, penalties=("rate",), *, lr=1e-3, seed=0, block="Thick", loss=1.0, excursions=0):
     settings = SimpleNamespace(arm=arm, seed=seed, steps=100, penalties=penalties, optimiser=SimpleNamespace(lr=lr),
                                model=SimpleNamespace(block=block), solver=SimpleNamespace(step=0.5))
-    return SimpleNamespace(config=settings, metrics={"final": {"loss": loss}, "excursions": excursions})
+    return SimpleNamespace(config=settings, metrics={"final": {"loss": loss}, "excursions": excursions, "without_gradient": 0})
 
 
 def test_an_arm_appears_in_each_group_and_among_the_runs_of_e3_that_are_held_in_the_same_way():
@@ -107,6 +107,12 @@ def test_the_gap_is_taken_at_the_best_learning_rate_without_an_excursion():
     groups = stability.Groups([], [], [*rivals, trained("norm")], [])
     assert groups.rivals == rivals
     assert {arm: some[0].config.optimiser.lr for arm, some in groups.tuned.items()} == {"rate_pair": 2e-3, "backprop": 1e-3}
+
+
+def test_an_excursion_at_another_strength_counts_where_a_rate_or_the_leading_mode_is_held():
+    others = [trained("leading", excursions=1), trained("norm", ("norm",), excursions=5)]
+    found = stability._shares(stability.Groups([trained("leading")], [], [], [], others))
+    assert found["excursions_rate"] == 1 and found["runs_rate"] == 2 and found["leading_excursions"] == 0
 
 
 def test_a_standard_error_leaves_out_what_is_not_finite():

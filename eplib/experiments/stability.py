@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -143,12 +143,14 @@ def strengths(planned: Iterable[RunConfig], runs: Sequence[Run]) -> list[list]:
 
 @dataclass(frozen=True)
 class Groups:
-    """The runs of E5: from scratch at equal budget, with one factor changed, and on the grid of the gap; and those of E3."""
+    """The runs of E5: from scratch at equal budget, with one factor changed, and on the grid of the gap; those of E3; and those
+    of the controllers at other strengths."""
 
     stability: list[Run]
     robustness: list[Run]
     tuning: list[Run]
     language: list[Run]
+    strengths: list[Run] = field(default_factory=list)
 
     @property
     def arms(self) -> dict[str, list[Run]]:
@@ -238,6 +240,7 @@ def _losses(groups: Groups) -> dict[str, Any]:
 def _shares(groups: Groups) -> dict[str, Any]:
     arms, everywhere = groups.arms, groups.everywhere(CONTROLLED)
     held = [run for arm in arms if arm.startswith(("rate", "leading")) for run in groups.everywhere(arm)]
+    held += [run for run in groups.strengths if run.config.arm.startswith(("rate", "leading"))]
     unstable = {name: [run.metrics["excursions"] > 0 for run in groups.robustness if run.config.arm == arm]
                 for name, arm in NAMES.items()}
     unstable["controlled_everywhere"] = [run.metrics["excursions"] > 0 for run in everywhere]
