@@ -44,8 +44,8 @@ def accuracy_rows(arms: Arms) -> list[Row]:
                      statistics.stdev(found) if len(found) > 1 else None, tables.settled_cell(chosen),
                      statistics.fmean(known) if len(known := [one for one in fixed if one is not None]) == len(fixed) else None,
                      sum(run.metrics["excursions"] for run in chosen), sum(map(tables.without_gradient, chosen)),
-                     "" if against is None else interval(against),
-                     "" if against is None else relation(against, [*chosen, *arms.get("backprop", ())], MARGIN)])
+                     None if against is None else interval(against),
+                     None if against is None else relation(against, [*chosen, *arms.get("backprop", ())], MARGIN)])
     return rows
 
 
@@ -88,7 +88,7 @@ def beta_rows(swept: list[Run], arm: str) -> list[Row]:
                      statistics.fmean(run.metrics["training"]["displacement"] for run in some.values()),
                      max(float(run.log["nudged_residual_max"].max()) for run in some.values()),
                      sum(run.metrics["excursions"] for run in some.values()), sum(map(tables.without_gradient, some.values())),
-                     "" if beta == BEST else interval(against), "" if beta == BEST else relation(against, compared, MARGIN)])
+                     *((None, None) if beta == BEST else (interval(against), relation(against, compared, MARGIN)))])
     return rows
 
 

@@ -18,6 +18,7 @@ from pipelines.site.pages import labelled, soup_of
 
 TITLE = "Equilibrium propagation for transformers"
 KINDS = ("fig-", "tab-", "text-")  # of the labels of what the paper places
+SAMPLES = re.compile(r"S\d+")  # the ids of what the arms write
 NUMBERED = re.compile(r"(?:Figure |Table )?(\w+)(, in short)?\.$")  # how a caption begins
 
 
@@ -69,7 +70,8 @@ def placed(soup: BeautifulSoup) -> list[Tag]:
     for tag in soup.find_all("figure"):
         name = NUMBERED.match(tag.strong.get_text()) if tag.strong else None
         if not tag.get("id") and name:
-            tag["id"] = f"{'fig' if tag.img else 'tab'}-{name[1]}{'-short' if name[2] else ''}"
+            kind = "fig" if tag.img else "text" if SAMPLES.fullmatch(name[1]) else "tab"
+            tag["id"] = f"{kind}-{name[1]}{'-short' if name[2] else ''}"
         if str(tag.get("id", "")).startswith(KINDS):
             found.append(tag)
     return found
