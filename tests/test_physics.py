@@ -126,7 +126,8 @@ def test_the_other_verdicts_follow_their_numbers():
     wide = arms(free=(1.0, 1.1, 1.2), passive=(0.99, 1.12, 1.21))  # 0.007 in the mean, and up to 0.045 by the interval
     assert physics.q5(wide, {"passive": {"numerical_abscissa": -0.1}}).verdict == physics.UNDECIDED
     gap = {"mean": 0.1, "low": 0.05, "high": 0.15, "n": 3}
-    assert physics.price(gap, 3.8, 5.3) == physics.price(gap, None, 5.3) == gap
+    assert physics.price(gap, 3.8, 5.3) == gap and "undecided" in physics.price(gap, None, 5.3)  # of an operator not measured
+    assert "undecided" not in physics.price({"mean": None, "low": None, "high": None, "n": 0}, None, None)
     assert "not reached" in physics.price(gap, 5.4, 5.3)["undecided"]
     exact = {"contrast": 1.0, "vector_field": 0.5}
     shares = {0.0: arms(e=(1.3, 1.4, 1.5))["e"], 1.0: arms(f=(1.0, 1.1, 1.2))["f"]}

@@ -178,8 +178,8 @@ def within(gap: Mapping[str, Any]) -> bool:
 
 def price(gap: Mapping[str, Any], of: float | None, below: float | None) -> dict[str, Any]:
     """A difference of losses as the price of having brought a quantity `of` below a bound: undecided where that is not so."""
-    missed = of is not None and (below is None or not of < below)  # without the arm there is no difference either
-    return {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"} if missed else dict(gap)
+    plain = not gap["n"] or (of is not None and below is not None and of < below)  # without runs there is nothing to explain
+    return dict(gap) if plain else {**gap, "undecided": gap.get("undecided") or "what it is the price of was not reached"}
 
 
 def cheapest(arms: Arms, measured: Mapping[str, Any]) -> tuple[str, dict] | None:
