@@ -203,7 +203,7 @@ def test_a_claim_leads_to_the_table_that_holds_its_number():
              "tab-B": item("table-B", [["EP", 0.65913], ["BPTT", "+0.012 [0, 1]"]])}
     assert catalogue.shown_for(0.65913, ["tab-A", "fig-A"], items) == ["tab-B", "fig-A"]
     assert catalogue.shown_for(0.45581, ["tab-A", "fig-A"], items) == ["tab-A", "fig-A"]
-    assert catalogue.shown_for(0.0121, [], items) == ["tab-B"]
+    assert catalogue.shown_for(0.0121, [], items) == ["tab-B"] and catalogue.shown_for(0.0126, ["fig-A"], items) == ["fig-A"]
     for unknown in (None, 3, 0.0, 0.7):  # in no table, or in too many to be found by its value
         assert catalogue.shown_for(unknown, ["tab-A", "fig-A"], items) == ["tab-A", "fig-A"]
 

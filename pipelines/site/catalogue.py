@@ -18,6 +18,7 @@ from pipelines.site.runs import Recorded
 from pipelines.site.text import Text
 
 NUMBER = re.compile(r"E(\d+)")
+MEAN = re.compile(r"[+-]?\d+\.(\d+)")  # a number at the beginning of a cell of words
 SHORT = {"figure": "fig", "table": "tab", "text": "text"}
 
 
@@ -199,14 +200,16 @@ def shown_for(value: Any, cited: list[str], items: dict[str, Item]) -> list[str]
 
 
 def holds(rows: list[list[Any]], value: Any) -> bool:
-    """Whether a cell is this number, or begins with it as tables print a mean. A count, a zero or a one is in too many tables
-    to be found by its value."""
-    if not isinstance(value, float) or value in (0.0, 1.0):
-        return False
-    digits = [count for count in (2, 3, 4) if abs(value) >= 10.0 ** (1 - count)]
-    printed = tuple(f"{value:{sign}.{count}f}" for count in digits for sign in ("", "+"))
-    return any(cell.startswith(printed) if isinstance(cell, str) else isinstance(cell, float) and math.isclose(cell, value)
-               for row in rows for cell in row)
+    """Whether a cell is this number, or begins with it as tables print a mean, to two digits that count at the least. A count,
+    a zero or a one is in too many tables to be found by its value."""
+    def same(cell: Any) -> bool:
+        printed = MEAN.match(cell) if isinstance(cell, str) else None
+        if printed is None:
+            return isinstance(cell, float) and math.isclose(cell, value)
+        digits = len(printed[1])
+        return float(printed[0]) == round(value, digits) and abs(value) >= 10.0 ** (1 - digits)
+
+    return isinstance(value, float) and value not in (0.0, 1.0) and any(same(cell) for row in rows for cell in row)
 
 
 def caption_of(label: str, text: Text) -> str:
