@@ -186,10 +186,11 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     found = branches.summary(runs, "linear")
     assert found["two_minus_linear_100"] == {"mean": pytest.approx(0.002), "low": pytest.approx(0.002 - half),
                                              "high": pytest.approx(0.002 + half), "n": 3}
-    assert set(found) == {"two_minus_linear_100", "two_minus_linear_200"} and found["two_minus_linear_200"]["n"] == 1
-    first, second = branches.reading(found, "linear")
-    assert first.startswith("After 100 updates, two minus linear: +0.0020 nats")
-    assert "n = 1" in second
+    assert found["two_minus_linear_100_fixed"]["n"] == 2 and found["two_minus_linear_200_fixed"]["mean"] == pytest.approx(0.5)
+    assert len(found) == 4 and found["two_minus_linear_200"]["n"] == 1
+    first, fixed, third, _ = branches.reading(found, "linear")
+    assert first.startswith("After 100 updates, two minus linear: +0.0020 nats") and "n = 1" in third
+    assert fixed.startswith("After 100 updates, two minus linear, at the converged fixed points: +0.0020 nats")
 
 
 def screened(arm: str, loss: float | None, abscissas: list[float], rate: float | None, seed: int = 0, settled: float = 1.0):

@@ -52,15 +52,21 @@ def reading(found: dict[str, dict], against: str) -> list[str]:
     """What a summary says, in sentences."""
     said = []
     for key, gap in found.items():
-        arm, _, step = key.replace(f"_minus_{against}_", " ").partition(" ")
+        arm, _, place = key.replace(f"_minus_{against}_", " ").partition(" ")
+        step, _, fixed = place.partition("_")
         if gap["mean"] is not None:
             name = f"After {int(step):,} updates, {plotting.label(arm)} minus {plotting.label(against)}"
-            said.append(words.difference(name, gap, "nats", 4))
+            said.append(words.difference(name + (", at the converged fixed points" if fixed else ""), gap, "nats", 4))
     return said
 
 
 def summary(runs: Iterable[Run], against: str) -> dict[str, dict]:
     """For each rule and each update that branches began after how far its final loss is from that of the rule `against`, as
-    results files hold it (`tables.paired`): {"two_minus_linear_2000": {mean, low, high, n}, ...}."""
-    return {f"{arm}_minus_{against}_{step}": tables.paired(arms, arm, against)
-            for step, arms in by_step(runs).items() for arm in sorted(arms.keys() - {against})}
+    results files hold it (`tables.paired`): {"two_minus_linear_2000": {mean, low, high, n}, ...}; and, under the same name with
+    `_fixed`, the same at the converged fixed points, over the seeds where enough samples settle in both arms."""
+    found = {}
+    for step, arms in by_step(runs).items():
+        for arm in sorted(arms.keys() - {against}):
+            found[f"{arm}_minus_{against}_{step}"] = tables.paired(arms, arm, against)
+            found[f"{arm}_minus_{against}_{step}_fixed"] = tables.interval(_settled(arms[arm], arms.get(against, [])))
+    return found
