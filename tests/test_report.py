@@ -219,6 +219,10 @@ def test_the_outcome_of_a_run_is_said_as_tables_say_it():
     older = {"final": {"loss": 1.5, "settled": [0.5, 1.0], "residual_max": 0.0, "iterations": 0}}
     assert runs.outcome(older, explicit=False)[::2] == [1.5, "≥ 0.5", 0]
     assert runs.outcome(older, explicit=True)[2:] == [None] * 3
+    page = pages.soup_of("<table><thead><tr><th>arm</th><th>loss</th></tr></thead><tbody><tr><td>EP</td><td>–</td></tr>"
+                         '<tr><td>BPTT</td><td class="number">1.5</td></tr></tbody></table>')
+    pages.labelled(page)
+    assert [cell.get("class") for cell in page.find_all(["th", "td"])] == [None, "number"] * 3
     assert pages.numeric([["a", None, 1], ["b", "≥ 50", None], ["c", 0.5, True]]) == [False, True, True]
 
 

@@ -74,6 +74,11 @@ def labelled(soup: Tag) -> None:
         heads = [cell.get_text(" ", strip=True).replace("- ", "") for cell in table.select("thead th, thead td")]
         if len(heads) > 9 and "many" not in (table.get("class") or []):
             table["class"] = " ".join([*(table.get("class") or []), "many"])
+        rows = [row.find_all(["td", "th"]) for row in table.select("tr")]
+        for column in zip(*rows, strict=False):
+            if any("number" in (cell.get("class") or []) for cell in column):  # what is said in place of a number stands as one
+                for cell in column:
+                    cell["class"] = "number"
         for row in table.select("tbody tr"):
             for head, cell in zip(heads, row.find_all(["td", "th"]), strict=False):
                 cell["data-label"] = head
