@@ -73,7 +73,7 @@ def test_a_row_of_accuracies_is_the_mean_its_deviation_and_the_difference_to_bac
     assert [len(row) for row in rows] == [len(mnist.ACCURACY)] * 2
     assert rows[1][2:5] == [3, 87.0, 1.0] and rows[1][6] == 88.0
     assert rows[1][-2:] == ["-4.00 [-4.25, -3.75]", "different"]
-    assert rows[0][-2:] == ["", ""]
+    assert rows[0][-2:] == [None, None]
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [((86.0, 87.1, 88.0), "holds"), ((91.0, 91.9, 93.0), "fails"),
@@ -90,7 +90,7 @@ def test_the_reference_says_that_0_22_is_the_best_nudge_of_its_interval(at_022, 
              for one in arm("vector_field", *values, beta=beta)]
     assert verdict_on("best nudge", evidence(swept=swept)) == verdict
     assert [row[1] for row in mnist.beta_rows(swept, "vector_field")] == [0.2, 0.22, 0.26]
-    assert mnist.beta_rows(swept, "vector_field")[1][-2:] == ["", ""]
+    assert mnist.beta_rows(swept, "vector_field")[1][-2:] == [None, None]
 
 
 @pytest.mark.parametrize(("annealed", "fixed", "limit", "verdict"), [
