@@ -189,8 +189,9 @@ def test_branches_are_compared_seed_by_seed_from_the_same_update():
     assert found["two_minus_linear_100_fixed"]["n"] == 2 and found["two_minus_linear_200_fixed"]["mean"] == pytest.approx(0.5)
     assert len(found) == 4 and found["two_minus_linear_200"]["n"] == 1
     first, fixed, third, _ = branches.reading(found, "linear")
-    assert first.startswith("After 100 updates, two minus linear: +0.0020 nats") and "n = 1" in third
-    assert fixed.startswith("After 100 updates, two minus linear, at the converged fixed points: +0.0020 nats")
+    name = f"After 100 updates, {plotting.label('two')} minus {plotting.label('linear')}"
+    assert first.startswith(f"{name}: +0.0020 nats") and "n = 1" in third
+    assert fixed.startswith(f"{name}, at the converged fixed points: +0.0020 nats")
 
 
 def screened(arm: str, loss: float | None, abscissas: list[float], rate: float | None, seed: int = 0, settled: float = 1.0):
