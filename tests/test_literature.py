@@ -35,6 +35,7 @@ def results(tmp_path):
      UNDECIDED),
     ({"ours": {"file": "mnist/T2b.json", "row": "EP"}}, "loses +0.32", "fails"),
     ({"ours": {"file": "mnist/T2b.json", "row": "BP"}}, literature.NOWHERE, UNDECIDED), ({}, literature.NOWHERE, UNDECIDED),
+    ({"see": "T1"}, "T1", literature.APART),
 ])
 def test_a_claim_of_the_reference_is_decided_by_our_number_where_the_two_can_be_compared(results, more, shown, verdict):
     assert literature.evidence(ROW | more, "paper", results) == (shown, verdict)

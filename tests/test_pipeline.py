@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eplib import log, plotting, profiles, settings
+from eplib import log, markup, plotting, profiles, settings
 from eplib.config import ConfigurationError
 from eplib.store import records
 from pipelines import cells, common, imports, new, notebook, plan, stages
@@ -510,6 +510,7 @@ def test_a_notebook_run_by_hand_says_where_its_parameters_are_not_those_of_its_s
 def test_a_result_that_is_a_table_shows_itself_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "ROOT", tmp_path)
     value = {"title": "Losses", "columns": ["arm", "loss", "held"], "rows": [["EP <b>", 1.23456789, None], ["BPTT", 2, True]]}
+    assert "nan" not in markup.table("T1", value | {"rows": [["EP", float("nan"), None]]})
     shown = records.save_result("quick", "toy", "T1", value)
     assert json.loads(shown.path.read_text())["rows"][1] == ["BPTT", 2, True]
     page = shown._repr_html_()

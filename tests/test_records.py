@@ -394,7 +394,7 @@ def test_command_trains_what_is_absent_and_a_second_call_nothing(command, root, 
     assert command("--list") == 0
     said = capsys.readouterr().out
     assert "x: 2 runs, 0 recorded, 2 to train" in said and said.count(": absent") == 2 and outcome(root) == {}
-    assert command("--only", "bptt") == 0
+    assert command("--only", "tiny/bptt") == 0  # as --list names it
     said = capsys.readouterr().out
     assert "1 runs, 0 recorded, 1 to train" in said and "tiny/bptt-lr0.003-seed0: done (1 of 1" in said
     assert command("--experiment", "tiny") == 0

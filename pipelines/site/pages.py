@@ -37,7 +37,7 @@ def render(template: str, place: str, **values: Any) -> str:
 
 def number(value: Any) -> str:
     """A value as tables print it: five digits, a minus sign, a dash for nothing."""
-    if value is None or value == "":
+    if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
